@@ -1,0 +1,342 @@
+"""Score a model on a task: log-likelihoods, right answers, perplexity, each with its standard error."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from eckart.encoding import Block, Encoded, encode, context_length, model_kind, prompt_tokens
+from eckart.results import Measurement, mean, perplexity
+from eckart.tasks import Task, majority_answer
+
+Normalize = Literal["none", "tokens"]
+LOSS_UNIT = "nats/token"
+# Beyond this share of equal answers, accuracy measures the label balance and not the model.
+CONSTANT = 0.95
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model did on each example of a task, in the task's order."""
+
+    loss: NDArray[np.float64]
+    """Shape (n,): negative log-likelihood of the right answer, in nats per token of it."""
+    correct: NDArray[np.bool_] | None = None
+    """Shape (n,); None for perplexity tasks."""
+    prediction: tuple[str, ...] = ()
+    """The answer given, as text."""
+    rank: NDArray[np.int64] | None = None
+    """Tokens that were likelier than the right one; only where every answer is one token."""
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """The same for one block, as plain lists that go through JSON unchanged."""
+
+    loss: list[float]
+    correct: list[bool] = field(default_factory=list)
+    prediction: list[str] = field(default_factory=list)
+    rank: list[int] = field(default_factory=list)
+
+
+Forward = Callable[[int, Block], Any]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    *,
+    normalize: Normalize = "none",
+    progress: Callable[[int], None] | None = None,
+    **encoding: Any,
+) -> Scores:
+    """Score a model on every example of a task.
+
+    Args:
+        model: A causal, masked or encoder-decoder language model in evaluation mode. Not modified.
+        tokenizer: Its tokenizer.
+        task: The examples.
+        normalize: Compare choices by the sum of their log-likelihoods, or by the mean over their tokens.
+        progress: Called with the number of examples done after each block.
+        **encoding: Options of `eckart.encoding.encode`: `batch_tokens`, `overlong`, `window`, `stride`.
+
+    Returns:
+        One row an example (a window, for perplexity tasks).
+
+    Raises:
+        TaskError: The task does not fit the model or its tokenizer.
+    """
+    encoded = prepare(model, tokenizer, task, **encoding)
+    parts = []
+    for index, block in enumerate(encoded.blocks):
+        parts.append(score_block(model, tokenizer, encoded, index, normalize=normalize))
+        if progress is not None:
+            progress(len(block.examples))
+    return assemble(encoded, parts)
+
+
+def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> Encoded:
+    """Encode a task for a model, on the model's device.
+
+    Args:
+        model: A language model. Not modified.
+        tokenizer: Its tokenizer.
+        task: The examples.
+        **encoding: Options of `eckart.encoding.encode`.
+
+    Returns:
+        The task in blocks.
+
+    Raises:
+        TaskError: The task does not fit the model or its tokenizer.
+    """
+    kind = model_kind(model, tokenizer)
+    start = getattr(model.config, "decoder_start_token_id", None) or 0
+    encoded = encode(
+        task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding
+    )
+    device = next(model.parameters()).device
+    blocks = tuple(block.to(device) for block in encoded.blocks)
+    return Encoded(
+        task, kind, blocks, encoded.count, encoded.tokens, encoded.single_token, encoded.truncated
+    )
+
+
+def score_block(
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Encoded,
+    index: int,
+    *,
+    normalize: Normalize = "none",
+    forward: Forward | None = None,
+) -> BlockScores:
+    """Score the examples of one block.
+
+    Args:
+        model: As for `evaluate`.
+        tokenizer: Its tokenizer.
+        encoded: The task in blocks.
+        index: Which block.
+        normalize: As for `evaluate`.
+        forward: Runs the model on a block; by default the plain forward pass.
+
+    Returns:
+        One entry an example, in the block's order.
+    """
+    block = encoded.blocks[index]
+    with torch.inference_mode(), only_positions(model, block.rows, block.columns) as logits_of:
+        output = forward(index, block) if forward else model(**block.inputs)
+        logits = logits_of(output)
+    likelihood, rank, best = _read(logits, block)
+    return _judge(model, tokenizer, encoded, block, likelihood, rank, best, normalize)
+
+
+@contextmanager
+def only_positions(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Callable[[Any], Tensor]]:
+    """Let only the given positions of a batch reach the vocabulary projection.
+
+    Works for every model with an output embedding, since it changes the projection's input and no argument.
+
+    Args:
+        model: The model; unchanged again on leaving.
+        rows: Shape (p,), rows of the batch.
+        columns: Shape (p,), positions in them.
+
+    Yields:
+        A function that takes the model's output to logits of shape (p, vocabulary).
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _module, args: (args[0][rows, columns][None], *args[1:]))
+    try:
+        yield lambda output: output.logits[0]
+    finally:
+        handle.remove()
+
+
+def _read(logits: Tensor, block: Block) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Per sequence: summed log-likelihood, rank of its first target, and the likeliest first token."""
+    logits = logits.float()
+    wanted = logits[block.position, block.target]
+    tokens = (wanted - logits.logsumexp(-1)[block.position]).double()
+    sequences = sum(block.choices)
+    likelihood = torch.zeros(sequences, dtype=torch.float64, device=tokens.device)
+    likelihood.index_add_(0, block.sequence, tokens)
+    first = torch.ones_like(block.sequence, dtype=torch.bool)
+    first[1:] = block.sequence[1:] != block.sequence[:-1]
+    position = block.position[first]
+    rank = (logits[position] > wanted[first][:, None]).sum(-1)
+    return likelihood.cpu().numpy(), rank.cpu().numpy(), logits.argmax(-1)[position].cpu().numpy()
+
+
+def _judge(
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Encoded,
+    block: Block,
+    likelihood: NDArray[Any],
+    rank: NDArray[Any],
+    best: NDArray[Any],
+    normalize: Normalize,
+) -> BlockScores:
+    lengths = np.bincount(block.sequence.cpu().numpy(), minlength=len(likelihood))
+    starts = np.concatenate([[0], np.cumsum(block.choices)[:-1]])
+    task = encoded.task
+    if task.kind == "text":
+        return BlockScores((-likelihood / lengths).tolist())
+    examples = [task.examples[index] for index in block.examples]
+    if task.kind == "choice":
+        gold = starts + np.array([example.answer for example in examples])
+        score = likelihood / lengths if normalize == "tokens" else likelihood
+        picks = [
+            int(np.argmax(score[start : start + count])) for start, count in zip(starts, block.choices)
+        ]
+        return BlockScores(
+            (-likelihood[gold] / lengths[gold]).tolist(),
+            [pick == example.answer for pick, example in zip(picks, examples)],
+            [example.choices[pick] for pick, example in zip(picks, examples)],
+        )
+    loss = (-likelihood / lengths).tolist()
+    if encoded.single_token:
+        said = [tokenizer.decode([token]).strip() for token in best.tolist()]
+        return BlockScores(loss, (rank == 0).tolist(), said, rank.tolist())
+    said = generate(model, tokenizer, [e.prompt for e in examples], max(encoded.tokens) + 5)
+    return BlockScores(loss, [matches(text, e.gold) for text, e in zip(said, examples)], said)
+
+
+def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Continue each prompt greedily.
+
+    Prompts of equal length are batched, so no padding can change a result.
+
+    Args:
+        model: A causal or encoder-decoder model. Not modified.
+        tokenizer: Its tokenizer.
+        prompts: The texts.
+        tokens: Most new tokens.
+
+    Returns:
+        The continuations alone, without the prompts.
+    """
+    decoder: Any = model
+    whole = decoder.config.is_encoder_decoder
+    encoded = [tokenizer(p).input_ids for p in prompts] if whole else prompt_tokens(prompts, tokenizer)
+    groups: dict[int, list[int]] = {}
+    for index, ids in enumerate(encoded):
+        groups.setdefault(len(ids), []).append(index)
+    said = [""] * len(prompts)
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for indices in groups.values():
+        ids = torch.tensor([encoded[index] for index in indices], device=device)
+        with torch.inference_mode():
+            out = decoder.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+            )
+        for index, row in zip(indices, out):
+            said[index] = tokenizer.decode(row if whole else row[ids.shape[1] :], skip_special_tokens=True).strip()
+    return said
+
+
+def matches(text: str, answer: str) -> bool:
+    """Tell whether a continuation contains the answer as whole words, in any case.
+
+    >>> matches("Paris, of course", "paris"), matches("I know", "no")
+    (True, False)
+    """
+    pattern = r"(?<!\w)" + re.escape(answer.strip().casefold()) + r"(?!\w)"
+    return re.search(pattern, text.casefold()) is not None
+
+
+def assemble(encoded: Encoded, parts: Sequence[BlockScores]) -> Scores:
+    """Put the scores of all blocks back into the order of the examples.
+
+    Args:
+        encoded: The task in blocks.
+        parts: One for each block, in order.
+
+    Returns:
+        One row an example.
+    """
+    order = np.argsort([index for block in encoded.blocks for index in block.examples])
+    loss = np.array([value for part in parts for value in part.loss])[order]
+    if encoded.task.kind == "text":
+        return Scores(loss)
+    correct = np.array([value for part in parts for value in part.correct], dtype=bool)[order]
+    said = [text for part in parts for text in part.prediction]
+    ranks = [value for part in parts for value in part.rank]
+    rank = np.array(ranks)[order] if ranks else None
+    return Scores(loss, correct, tuple(said[i] for i in order), rank)
+
+
+def summarize(encoded: Encoded, scores: Scores) -> dict[str, Measurement]:
+    """Turn scores into measurements.
+
+    Args:
+        encoded: The task that was scored.
+        scores: From `evaluate` or `assemble`.
+
+    Returns:
+        `accuracy` (and `top5`, `top10` for single-token answers) as fractions, `loss` in nats per token,
+        and for perplexity tasks `perplexity`.
+    """
+    if scores.correct is None:
+        tokens = np.array(encoded.tokens)
+        return {"loss": _per_token(scores.loss, tokens), "perplexity": perplexity(scores.loss, tokens)}
+    found = {"accuracy": mean(scores.correct, "fraction"), "loss": mean(scores.loss, LOSS_UNIT)}
+    if scores.rank is not None:
+        found |= {f"top{k}": mean(scores.rank < k, "fraction") for k in (5, 10)}
+    return found
+
+
+def _per_token(loss: NDArray[Any], tokens: NDArray[Any]) -> Measurement:
+    ratio = perplexity(loss, tokens)
+    return Measurement(float(np.log(ratio.value)), ratio.stderr / ratio.value, ratio.count, LOSS_UNIT)
+
+
+def constant_answer(scores: Scores) -> tuple[str, float] | None:
+    """Find out whether a model gives (nearly) one answer always.
+
+    Args:
+        scores: Of at least two examples.
+
+    Returns:
+        The answer and its share where that is `CONSTANT` or more; else None.
+    """
+    if not scores.prediction or len(scores.prediction) < 2:
+        return None
+    answer, count = Counter(scores.prediction).most_common(1)[0]
+    share = count / len(scores.prediction)
+    return (answer, share) if share >= CONSTANT else None
+
+
+def majority_control(chosen_on: Task, measured_on: Task) -> tuple[str, Measurement] | None:
+    """Measure what answering the commonest label would reach.
+
+    Args:
+        chosen_on: The examples that tell which answer is commonest.
+        measured_on: The examples it is measured on.
+
+    Returns:
+        The answer (a label, or "choice 0") and its accuracy; None for perplexity tasks.
+    """
+    answer = majority_answer(chosen_on)
+    if answer is None:
+        return None
+    right = np.array([(e.answer if isinstance(answer, int) else e.gold) == answer for e in measured_on.examples])
+    return (f"choice {answer}" if isinstance(answer, int) else answer), mean(right, "fraction")

@@ -1,0 +1,135 @@
+"""Plans: which matrices of one model are replaced, and by what. JSON in, JSON out, no tensors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eckart.errors import PlanError
+from eckart.results import SCHEMA_VERSION, read_json, to_json, write_text
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Edit(_Frozen):
+    """One matrix and what replaces it."""
+
+    matrix: str = Field(description="the matrix's name")
+    layer: int | None = Field(description="index of its block from 0")
+    type: str = Field(description="LASER's word for its place")
+    shape: tuple[int, int] = Field(description="(out, in)")
+    kind: Literal["low_rank", "zero", "magnitude"] = "low_rank"
+    rho: float = Field(1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)")
+    rank: int = Field(ge=0, description="components kept; for magnitude the full rank, for zero 0")
+    weighting: Literal["none"] = "none"
+    basis: Literal["top", "bottom", "random"] = "top"
+    blocks: Literal[1] = 1
+    svd: Literal["exact", "lowrank"] = Field("exact", description="'lowrank' mimics the LASER reference")
+    niter: int = Field(2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
+    seed: int = Field(0, ge=0, description="of basis 'random' and svd 'lowrank'")
+    stack: str = Field("", description="path of the list of blocks the matrix lies in")
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> Edit:
+        largest = min(self.shape)
+        if largest < 1:
+            raise ValueError(f"{self.matrix}: shape {self.shape} is empty")
+        if (self.kind == "zero") != (self.rank == 0) or self.rank > largest:
+            raise ValueError(f"{self.matrix}: rank {self.rank} does not fit shape {self.shape} and kind '{self.kind}'")
+        if self.kind != "zero" and self.rho == 0:
+            raise ValueError(f"{self.matrix}: rho 0 goes with kind 'zero' only")
+        if self.svd == "lowrank" and self.basis != "top":
+            raise ValueError(f"{self.matrix}: svd 'lowrank' has no basis but 'top'")
+        return self
+
+
+class PlannedModel(_Frozen):
+    """The model that a plan was made for."""
+
+    source: str
+    architecture: str
+    weights_sha256: str
+
+
+class MadeBy(_Frozen):
+    """What made a plan."""
+
+    eckart: str
+    recipe: dict[str, Any] = {}
+
+
+class Plan(_Frozen):
+    """Edits for one model."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: PlannedModel
+    edits: tuple[Edit, ...]
+    made_by: MadeBy
+
+    @model_validator(mode="after")
+    def _one_edit_a_matrix(self) -> Plan:
+        names = [edit.matrix for edit in self.edits]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is edited twice")
+        return self
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan from its JSON file.
+
+    Args:
+        path: The file, or a run's folder that holds `plan.json`.
+
+    Returns:
+        The plan, checked by itself; `eckart.surgery.check_plan` checks it against a model.
+
+    Raises:
+        PlanError: The file is missing or is not a plan.
+    """
+    path = Path(path)
+    path = path / "plan.json" if path.is_dir() else path
+    if not path.is_file():
+        raise PlanError(
+            f"{path} does not exist. A plan is a JSON file written by eckart search. Check the path."
+        )
+    try:
+        return Plan.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(
+            f"{path} is not a plan of schema version {SCHEMA_VERSION}: {where}: {first['msg']}. "
+            "Fields are listed in docs/files.md. Correct it or make it again."
+        ) from None
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a plan as JSON, whole or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        plan: The plan.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    write_text(path, to_json(plan.model_dump(mode="json")))
+
+
+def kept_numbers(edit: Edit) -> int:
+    """Count the numbers that an edit's matrix needs once factored.
+
+    Args:
+        edit: Any edit.
+
+    Returns:
+        rank * (out + in) where that is fewer than out * in, else out * in.
+    """
+    out, into = edit.shape
+    return 0 if edit.kind == "zero" else min(edit.rank * (out + into), math.prod(edit.shape))

@@ -1,0 +1,688 @@
+"""results.json -> report.html: one file that needs no network and runs nothing but its own scripts.
+
+The report is a pure function of the JSON, so `eckart report RUN` redraws it years later. Python decides every
+word and number here; the template lays them out, and its script only draws the plots.
+
+Text from models and tasks is hostile until shown otherwise. Three fences keep it inert: jinja2 escapes all of
+it, `_plot_text` disarms what plotly would read as markup, and a content security policy made of script hashes
+lets the browser run the report's own scripts and load nothing.
+
+As in results.json, a gain is edited minus unedited whatever the metric: a negative gain in loss is an
+improvement. Only the colours of the heat map turn that round.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from jinja2 import Environment, StrictUndefined, Template, UndefinedError
+from markupsafe import Markup
+
+from eckart.errors import EckartError, OutputError
+
+SCHEMA_VERSION = 1
+Json = dict[str, Any]
+
+TYPES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "out_proj", "fc_in", "fc_up", "fc_out")
+METRICS = ("accuracy", "top5", "top10", "loss", "perplexity")  # in the order of the tables
+LOWER_IS_BETTER = {"loss", "perplexity"}
+OUTSIDE = "outside the blocks"
+EVERY_RHO = "best ρ"  # the slice of the heat map that shows each cell at its best rho
+EDITS_LISTED = 20
+EXAMPLES_OPEN = 5  # per direction; the others are folded
+PROMPT_CHARACTERS = 600
+HOVER_CHARACTERS = 56
+LABEL_CHARACTERS = 32
+MINUS, DASH, NARROW_SPACE, HARD_SPACE = "\u2212", "\u2013", "\u202f", "\u00a0"
+
+
+def write_report(run: Path) -> Path:
+    """Draw `report.html` of a run from its `results.json`.
+
+    The file appears at once or not at all: it is written beside its place and then moved there.
+
+    Args:
+        run: Folder of the run. Nothing in it but `results.json` is read.
+
+    Returns:
+        The path of `report.html`, inside `run`.
+
+    Raises:
+        EckartError: `results.json` is missing, is not JSON, or is not something a report can be drawn from.
+        OutputError: `report.html` cannot be written there.
+    """
+    source, target = run / "results.json", run / "report.html"
+    results = _read(source)
+    try:
+        page = render(results)
+    except EckartError as error:
+        raise EckartError(f"{source}: {error}") from error
+    temporary = run / f".report.html.{os.getpid()}"
+    try:
+        # A lone surrogate is legal in JSON and not in UTF-8.
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{target} cannot be written: {error.strerror}. "
+            f"The report goes beside results.json, so the folder must be writable. "
+            f"Free some space, change its permissions, or copy {source} to another folder and report there."
+        ) from error
+    return target
+
+
+def render(results: Json) -> str:
+    """Return the report of `results` as one HTML document.
+
+    Equal results give equal documents: there is no date in it and nothing is read but the template.
+
+    Args:
+        results: The content of a `results.json` of kind "search" or "evaluate". Not modified.
+
+    Returns:
+        HTML with all styles and scripts inside, about 5 MB where there are plots (plotly.js).
+
+    Raises:
+        EckartError: The kind or the schema version is unknown, or a field that the report needs is missing.
+    """
+    kind, version = results.get("kind"), results.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise EckartError(
+            f"these results have schema_version {version!r}. "
+            f"This version of eckart draws schema_version {SCHEMA_VERSION}. "
+            f"Run the verb again, or draw the report with the eckart that wrote them."
+        )
+    if not isinstance(kind, str) or kind not in PAGES:
+        raise EckartError(
+            f"these results are of kind {kind!r}. "
+            f"A report can be drawn of {' or '.join(map(repr, PAGES))}. "
+            f"Give the folder of a run that `eckart search` or `eckart evaluate` wrote."
+        )
+    try:
+        return _template().render(**PAGES[kind](results))
+    except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+        raise EckartError(
+            f"these results of kind {kind!r} lack a field or hold one of the wrong type "
+            f"({type(error).__name__}: {error}). "
+            f"A report needs every field that `eckart {kind}` writes. "
+            f"Run it again: a finished run keeps its trials, so this takes seconds."
+        ) from error
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "measurement": _measurement,
+        "count": _count,
+        "duration": _duration,
+        "said": _said,
+        "hash_source": _hash_source,
+    }
+    return environment.from_string((files("eckart") / "report.html.j2").read_text(encoding="utf-8"))
+
+
+def _read(path: Path) -> Json:
+    """Return the object in a JSON file."""
+    advice = "Give the folder of a finished run; `eckart search MODEL --task T --out DIR` makes one."
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EckartError(
+            f"{path} cannot be read: {error.strerror}. A report is drawn from this file alone. {advice}"
+        ) from error
+    except ValueError as error:
+        raise EckartError(
+            f"{path} is not JSON ({error}). A report is drawn from this file alone. {advice}"
+        ) from error
+    if not isinstance(results, dict):
+        raise EckartError(f"{path} holds a {type(results).__name__}. Results are a JSON object. {advice}")
+    return results
+
+
+# Pages: what the template shows, by kind of results.
+
+
+def _search_page(results: Json) -> Json:
+    """What the report of a search shows."""
+    best, baseline = results["best"], results["baseline"]
+    edit = best["edit"]
+    trials = [trial for trial in results["grid"] if trial.get("validation")]
+    plots = _plots(trials, baseline["validation"], edit, results.get("spectrum"))
+    return _frame(results) | {
+        "title": f"{results['task']['name']} on {_model_name(results['model'])}",
+        "verdict": _verdict(results),
+        "effort": _effort(results.get("trials")),
+        "edit": edit,
+        "command": shlex.join(["eckart", "apply", results["model"]["source"], best["plan"], "--out", "DIR"]),
+        "comparison": _comparison(best, baseline),
+        "plots": plots,
+        "plotly": _plotly() if plots else "",
+        "layers": _layer_names(_rows(trials)),
+        "cut": (results.get("spectrum") or {}).get("matrix"),
+        "ranking": _ranking(trials, baseline["validation"], edit),
+        "controls": _controls(results),
+        "flipped": _flipped(results.get("flipped") or []),
+    }
+
+
+def _evaluate_page(results: Json) -> Json:
+    """What the report of an evaluation shows: plans down, tasks across."""
+    rows = results["rows"]
+    plans = list(dict.fromkeys(row["plan"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found = {(row["plan"], row["task"]): row["measurements"] for row in rows}
+
+    def cell(plan: str, task: str) -> list[Json]:
+        """The measurements of one plan on one task, each with its distance from no plan."""
+        before = found.get(("none", task), {}) if plan != "none" else {}
+        return [
+            {"name": name, "value": value, "change": _change(before[name], value) if name in before else ""}
+            for name, value in _in_order(found.get((plan, task), {}))
+        ]
+
+    return _frame(results) | {
+        "title": f"Evaluation of {_model_name(results['model'])}",
+        "verdict": "",
+        "tasks": tasks,
+        "table": [(plan, [cell(plan, task) for task in tasks]) for plan in plans],
+        "compared": "none" in plans and len(plans) > 1,
+        "plots": None,
+        "plotly": "",
+    }
+
+
+PAGES = {"search": _search_page, "evaluate": _evaluate_page}
+
+
+def _frame(results: Json) -> Json:
+    """What every report shows: the model, the warnings, how it was made."""
+    model = results["model"]
+    facts = [model["source"], model.get("architecture")]
+    if model.get("parameters"):
+        facts.append(f"{_count(model['parameters'])} parameters")
+    if model.get("coverage") is not None:
+        facts.append(f"{100 * model['coverage']:.4g} % of them in matrices that can be edited")
+    task = results.get("task")
+    if task:
+        sizes = f"{_count(task['validation'])} validation and {_count(task['test'])} test examples"
+        facts.append(f"{task['kind']} task, {sizes}" if task.get("kind") else sizes)
+    return {
+        "kind": results["kind"],
+        "facts": [fact for fact in facts if fact],
+        "warnings": results.get("warnings") or [],
+        "weights": model.get("weights_sha256"),
+        "settings": list(_flat(results.get("recipe") or {})),
+        "environment": list(_flat(results.get("environment") or {})),
+        "seconds": results.get("seconds") or {},
+    }
+
+
+# Sentences.
+
+
+def _verdict(results: Json) -> str:
+    """The outcome in one sentence, with its uncertainty."""
+    best, before = results["best"], results["baseline"]["test"]
+    edit = best["edit"]
+    metric = "accuracy" if "accuracy" in before else "loss"
+    if edit is None:
+        return (
+            f"None of the {_count(len(results['grid']))} edits tried beat the unedited model on validation, "
+            f"so the plan is empty and the model stays as it is, with a test {metric} of "
+            f"{_measurement(before[metric])} on {_count(before[metric]['count'])} examples."
+        )
+    gain = best.get("test_gain") if metric == "accuracy" else best.get("test_loss_gain")
+    after = best["test"][metric]
+    path = f"{_measurement(before[metric])} to {_measurement(after)}"
+    unit = " nats/token" if metric == "loss" else ""
+    if gain is None:
+        return f"{_cutting(edit)} takes test {metric} from {path}{unit} on {_count(after['count'])} examples."
+    low, high = _interval(gain)
+    word = "gain" if metric == "accuracy" else "change"
+    proof = f"{word} {_signed(gain['value'], 3)}, 95{HARD_SPACE}% interval {_span(low, high)}"
+    if gain.get("p_value") is not None:
+        proof += f", {'exact McNemar ' if metric == 'accuracy' else ''}{_p_value(gain['p_value'])}"
+    held_out = f"({proof}) on {_count(gain['count'])} examples that took no part in choosing."
+    subject = _cutting(edit)
+    worst, most = sorted((-low, -high) if metric in LOWER_IS_BETTER else (low, high))
+    if worst > 0:
+        verb = "lowers" if metric in LOWER_IS_BETTER else "raises"
+        return f"{subject} {verb} test {metric} from {path}{unit} {held_out}"
+    outcome = "the test contradicts it" if most < 0 else "the test does not confirm it"
+    return (
+        f"{subject} looked best on validation, but {outcome}: test {metric} goes from {path}{unit} {held_out}"
+    )
+
+
+def _cutting(edit: Json) -> str:
+    """The edit as the subject of a sentence."""
+    where, kind, rho = _where(edit), edit["kind"], _plain(edit.get("rho"))
+    if kind == "zero":
+        return f"Zeroing {where}"
+    if kind == "low_rank":
+        action = f"Cutting {where} to rank {_count(edit['rank'])} of {_count(min(edit['shape']))} (rho {rho}"
+    else:
+        action = f"Editing {where} (kind {kind}, rho {rho}"
+    extras = [f"{key} {value}" for key, value in _unusual(edit)]
+    return f"{', '.join([action, *extras])})"
+
+
+def _where(edit: Json) -> str:
+    """Type and layer in words; the stack only where it is not obvious from the model."""
+    if edit["layer"] is None:
+        return f"{edit['type']} ({edit['matrix']})"
+    stack = edit.get("stack") or ""
+    side = f" of {stack}" if stack.startswith(("encoder", "decoder")) else ""
+    return f"{edit['type']} of layer {edit['layer']}{side}"
+
+
+def _unusual(edit: Json) -> list[tuple[str, str]]:
+    """The settings of an edit that differ from LASER's."""
+    usual = {"weighting": "none", "basis": "top", "blocks": 1}
+    return [(key, str(edit[key])) for key, default in usual.items() if edit.get(key, default) != default]
+
+
+def _rank(edit: Json) -> str:
+    rank = edit.get("rank")
+    return DASH if rank is None else f"{_count(rank)} of {_count(min(edit['shape']))}"
+
+
+def _effort(trials: Json | None) -> str:
+    """How much was tried."""
+    if not trials:
+        return ""
+    evaluated, grid = trials["evaluated"], trials["grid"]
+    of = f"all {_count(grid)}" if evaluated == grid else f"{_count(evaluated)} of {_count(grid)}"
+    return (
+        f"The search tried {of} edits of the grid, which took {_count(trials['examples'])} scored examples."
+    )
+
+
+# Tables.
+
+
+def _comparison(best: Json, baseline: Json) -> list[tuple[str, list[Json]]]:
+    """Rows of the before/after table; a change has an error only where it was measured in pairs."""
+    tables = []
+    for split in ("test", "validation"):
+        after = (best.get(split) or {}) if best["edit"] else {}
+        gains = {"accuracy": best.get("test_gain"), "loss": best.get("test_loss_gain")}
+        rows = []
+        for name, before in _in_order(baseline[split]):
+            gain = gains.get(name) if split == "test" and name in after else None
+            row = {"name": name, "before": before, "after": after.get(name)}
+            if gain:
+                row |= {"change": _gain(gain), "interval": _span(*_interval(gain))}
+            else:
+                row |= {"change": _change(before, after.get(name)), "interval": ""}
+            rows.append(row)
+        tables.append((split, rows))
+    return tables
+
+
+def _ranking(trials: list[Json], baseline: Json, winner: Json | None) -> Json:
+    """The best edits by validation; the winner is always among them."""
+    metric = _main_metric(baseline)
+    ordered = sorted(trials, key=lambda trial: _merit(trial["validation"], metric), reverse=True)
+    shown = ordered[:EDITS_LISTED]
+    shown += [trial for trial in ordered[EDITS_LISTED:] if trial["edit"] == winner]
+    return {
+        "total": len(trials),
+        "metrics": [name for name, _ in _in_order(shown[0]["validation"])] if shown else [],
+        "uneven": len({_merit(trial["validation"], metric)[0] for trial in trials}) > 1,
+        "metric": metric,
+        "rows": [
+            {
+                "place": ordered.index(trial) + 1,
+                "edit": trial["edit"],
+                "rho": _plain(trial["edit"].get("rho")),
+                "rank": _rank(trial["edit"]),
+                "layer": DASH if trial["edit"]["layer"] is None else trial["edit"]["layer"],
+                "notes": [f"{key} {value}" for key, value in _unusual(trial["edit"])]
+                + ([trial["edit"]["kind"]] if trial["edit"]["kind"] != "low_rank" else []),
+                "measurements": trial["validation"],
+                "gain": _change(baseline.get(metric), trial["validation"].get(metric)),
+                "winner": trial["edit"] == winner,
+            }
+            for trial in shown
+        ],
+    }
+
+
+def _controls(results: Json) -> list[Json]:
+    """What the gain has to beat, between the unedited and the edited model."""
+    controls = results.get("controls") or {}
+    rows = []
+    if controls.get("majority"):
+        answer = controls["majority"].get("answer")
+        said = f" (\u201c{answer}\u201d)" if answer is not None else ""
+        meaning = f"one answer for every example{said}"
+        rows.append({"name": "Majority", "meaning": meaning} | controls["majority"])
+    if controls.get("random_basis"):
+        meaning = "the same matrix at the same rank, keeping random directions instead of the strongest"
+        rows.append({"name": "Random basis", "meaning": meaning} | controls["random_basis"])
+    if not rows:
+        return []
+    before = {"name": "Unedited", "meaning": "the model as it came"} | results["baseline"]["test"]
+    after = {"name": "Edited", "meaning": "the winning plan"} | (results["best"].get("test") or {})
+    return [before, *rows, *([after] if results["best"]["edit"] else [])]
+
+
+def _flipped(examples: list[Json]) -> list[Json]:
+    """Examples whose answer changed, by direction."""
+    titles = {
+        (False, True): ("Became right", "wrong before the edit, right after it"),
+        (True, False): ("Became wrong", "right before the edit, wrong after it"),
+        (False, False): ("Still wrong", "another wrong answer"),
+        (True, True): ("Still right", "another right answer"),
+    }
+    groups = []
+    for direction, (title, meaning) in titles.items():
+        found = [
+            example | {"prompt": _ending(example["prompt"], PROMPT_CHARACTERS)}
+            for example in examples
+            if (bool(example["correct_before"]), bool(example["correct_after"])) == direction
+        ]
+        if found:
+            shown = {"open": found[:EXAMPLES_OPEN], "folded": found[EXAMPLES_OPEN:]}
+            groups.append({"title": title, "meaning": meaning, "count": len(found)} | shown)
+    return groups
+
+
+def _said(answer: object) -> str:
+    """What a model or a task answered, visible even when it is nothing."""
+    return DASH if answer is None else str(answer).strip() or "(empty)"
+
+
+def _ending(text: str, characters: int) -> str:
+    """The end of a text: it is what an answer continues, and what tells two matrices apart."""
+    return text if len(text) <= characters else "\u2026" + text[-characters:]
+
+
+# Plots: what the script in the template draws.
+
+
+def _plots(trials: list[Json], baseline: Json, winner: Json | None, spectrum: Json | None) -> Json | None:
+    """Data of the heat map, the lines and the spectrum, every text made safe for plotly."""
+    if not trials:
+        return None
+    metrics = [name for name in ("accuracy", "loss") if name in baseline and name in trials[0]["validation"]]
+    rows = _rows(trials)
+    seen = {trial["edit"]["type"] for trial in trials}
+    types = sorted(seen, key=lambda name: (TYPES.index(name) if name in TYPES else len(TYPES), name))
+    rhos = sorted({trial["edit"].get("rho") for trial in trials}, key=lambda rho: (rho is None, rho))
+    places = [
+        (rows.index(_row(edit)), types.index(edit["type"]), rhos.index(edit.get("rho")))
+        for edit in (trial["edit"] for trial in trials)
+    ]
+    peers = Counter(places)
+    used: dict[int, int] = {}  # index in trials -> index in the list sent to the page
+    cells = {}
+    for metric in metrics:
+        merits = [_merit(trial["validation"], metric) for trial in trials]
+        champions: dict[tuple[int, int, int], int] = {}
+        for index, (row, column, rho) in enumerate(places):
+            for key in ((row, column, rho), (row, column, len(rhos))):
+                champion = champions.setdefault(key, index)
+                if merits[index] > merits[champion]:
+                    champions[key] = index
+        send = {place: used.setdefault(index, len(used)) for place, index in champions.items()}
+        cells[metric] = [
+            [[send.get((row, column, rho)) for column in range(len(types))] for row in range(len(rows))]
+            for rho in range(len(rhos) + 1)
+        ]
+    at = next((places[i] for i, trial in enumerate(trials) if trial["edit"] == winner), None)
+    return {
+        "metrics": metrics,
+        "rows": [
+            {"stack": _plot_text(_ending(stack, LABEL_CHARACTERS)), "layer": layer} for stack, layer in rows
+        ],
+        "types": [_plot_text(_ending(name, LABEL_CHARACTERS)) for name in types],
+        "series": [TYPES.index(name) if name in TYPES else i % len(TYPES) for i, name in enumerate(types)],
+        "rhos": [*(_plain(rho) for rho in rhos), EVERY_RHO],
+        "rho_values": rhos,
+        "cells": cells,
+        "edits": [_point(trials[index], peers[places[index]]) for index in used],
+        "baseline": {metric: _pair(baseline[metric]) for metric in metrics},
+        "limits": {metric: _limit(trials, baseline, metric) for metric in metrics},
+        "winner": {"row": at[0], "column": at[1], "rho": at[2]} if at else None,
+        "spectrum": _spectrum(spectrum, winner),
+    }
+
+
+def _row(edit: Json) -> tuple[str, int | None]:
+    """The row of the heat map that an edit belongs to."""
+    return (OUTSIDE, None) if edit["layer"] is None else (edit.get("stack") or "", edit["layer"])
+
+
+def _rows(trials: list[Json]) -> list[tuple[str, int | None]]:
+    """Rows by stack, in the order of the model, then by layer; what is outside the blocks comes last."""
+    found = list(dict.fromkeys(_row(trial["edit"]) for trial in trials))
+    stacks = [stack for stack in dict.fromkeys(stack for stack, _ in found) if stack != OUTSIDE]
+    inside = [row for row in found if row[1] is not None]
+    outside = [row for row in found if row[1] is None]
+    return [*sorted(inside, key=lambda row: (stacks.index(row[0]), row[1])), *outside]
+
+
+def _layer_names(rows: list[tuple[str, int | None]]) -> list[str]:
+    """Rows as the list of layers names them; the stack only where there are several."""
+    several = len({stack for stack, layer in rows if layer is not None}) > 1
+    names = (f"{stack}, layer {layer}" if several else f"layer {layer}" for stack, layer in rows)
+    return [stack if layer is None else name for name, (stack, layer) in zip(names, rows)]
+
+
+def _point(trial: Json, peers: int) -> Json:
+    """One edit as the page needs it to write a hover."""
+    edit, measured = trial["edit"], trial["validation"]
+    point = {
+        "matrix": _plot_text(_ending(edit["matrix"], HOVER_CHARACTERS)),
+        "rho": _plain(edit.get("rho")),
+        "rank": _rank(edit),
+        "notes": [_plot_text(f"{key} {value}") for key, value in _unusual(edit)],
+        "peers": peers,
+        "count": max(value["count"] for value in measured.values()),
+    }
+    return point | {name: _pair(value) for name, value in measured.items() if name in ("accuracy", "loss")}
+
+
+def _limit(trials: list[Json], baseline: Json, metric: str) -> float:
+    """The change at which the colours end: the best gain, unless most edits go further than that.
+
+    A few ruinous edits would otherwise fade every gain to white.
+    """
+    start, sign = baseline[metric]["value"], -1 if metric in LOWER_IS_BETTER else 1
+    values = (trial["validation"].get(metric, {}).get("value") for trial in trials)
+    gains = [sign * (value - start) for value in values if _finite(value) and _finite(start)]
+    return max([1e-6, *gains, statistics.median(map(abs, gains))] if gains else [1e-6])
+
+
+def _spectrum(spectrum: Json | None, edit: Json | None) -> Json | None:
+    """Singular values that a logarithmic axis can show, and where they were cut."""
+    values = [value for value in (spectrum or {}).get("singular_values", []) if _finite(value) and value > 0]
+    if not spectrum or not values:
+        return None
+    total = sum(value * value for value in values)
+    kept = sum(value * value for value in values[: spectrum["rank"]]) / total
+    # Another basis or weighting does not keep the first singular values, so their share would mean nothing.
+    plain = edit is not None and edit["kind"] == "low_rank" and not _unusual(edit)
+    return {
+        "rank": spectrum["rank"],
+        "full": len(values),
+        "share": f"{100 * kept:.3g} %" if plain else "",
+        "values": [float(f"{value:.5g}") for value in values],
+    }
+
+
+def _plot_text(text: object) -> str:
+    """Text that plotly shows as it is: it reads tags, entities and TeX in labels, and these hold none.
+
+    >>> _plot_text("<b>$x$")
+    '&lt;b&gt;&#36;x&#36;'
+    """
+    return html.escape(str(text), quote=False).replace("$", "&#36;")
+
+
+def _plotly() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs().replace("\r\n", "\n"))  # noqa: S704 the library itself, from the package
+
+
+def _hash_source(script: str) -> Markup:
+    """The content security policy's name for one inline script."""
+    digest = hashlib.sha256(str(script).encode()).digest()
+    return Markup(f"'sha256-{base64.b64encode(digest).decode()}'")  # noqa: S704 base64 of a hash
+
+
+# Numbers.
+
+
+def _in_order(measurements: Json) -> list[tuple[str, Json]]:
+    """Measurements in the order of the tables; unknown names come last, as given."""
+    known = {name: measurements[name] for name in METRICS if name in measurements}
+    return list((known | measurements).items())
+
+
+def _main_metric(measurements: Json) -> str:
+    return next((name for name in METRICS if name in measurements), "loss")
+
+
+def _merit(measured: Json, metric: str) -> tuple[float, float, float]:
+    """Sort key: a fully evaluated edit before one that a race stopped, then the metric, then the loss."""
+    found = measured.get(metric) or {}
+    value = found.get("value")
+    merit = -math.inf if not _finite(value) else -value if metric in LOWER_IS_BETTER else value
+    loss = (measured.get("loss") or {}).get("value")
+    return found.get("count", 0), merit, -loss if _finite(loss) else -math.inf
+
+
+def _interval(gain: Json) -> Sequence[float]:
+    """The 95 % interval of a gain, from its standard error where the results hold none."""
+    half = 1.96 * gain["stderr"]
+    return gain.get("interval") or (gain["value"] - half, gain["value"] + half)
+
+
+def _finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _pair(measured: Json) -> list[float | None]:
+    """Value and standard error, with null for what JSON in a page cannot hold."""
+    return [measured[key] if _finite(measured.get(key)) else None for key in ("value", "stderr")]
+
+
+def _decimals(measured: Json) -> int:
+    """Digits after the point: three for fractions and nats, otherwise two that the error has not touched."""
+    error = measured.get("stderr")
+    if measured.get("unit") in ("fraction", "nats/token"):
+        return 4 if error and _finite(error) and error < 0.0005 else 3
+    scale = error if error and _finite(error) else abs(measured["value"] or 1) / 100
+    return max(0, min(4, 1 - math.floor(math.log10(scale)))) if scale and _finite(scale) else 0
+
+
+def _number(value: object, decimals: int) -> str:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return DASH if value is None else str(value)
+    return f"{value:,.{decimals}f}".replace("-", MINUS)
+
+
+def _error(measured: Json) -> str:
+    return _number(measured.get("stderr"), _decimals(measured))
+
+
+def _measurement(measured: Json | None) -> str:
+    """A measurement with its standard error, as in "0.452 ± 0.011"."""
+    if not measured:
+        return DASH
+    value = _number(measured["value"], _decimals(measured))
+    return f"{value} ±{HARD_SPACE}{_error(measured)}" if _finite(measured.get("stderr")) else value
+
+
+def _gain(gain: Json) -> str:
+    """A measured difference with its sign and standard error."""
+    return f"{_signed(gain['value'], _decimals(gain))} ±{HARD_SPACE}{_error(gain)}"
+
+
+def _signed(value: float, decimals: int) -> str:
+    text = _number(value, decimals)
+    return text if not _finite(value) or value < 0 else f"+{text}"
+
+
+def _span(low: float, high: float) -> str:
+    """An interval in as few digits as tell its ends apart."""
+    decimals = 2 if high - low >= 0.02 and abs(low) >= 0.005 and abs(high) >= 0.005 else 3
+    return f"{_number(low, decimals)} to {_number(high, decimals)}"
+
+
+def _change(before: Json | None, after: Json | None) -> str:
+    """The difference of two measurements, signed."""
+    if not before or not after or not _finite(before["value"]) or not _finite(after["value"]):
+        return DASH
+    return _signed(after["value"] - before["value"], _decimals(after))
+
+
+def _p_value(p: float) -> str:
+    """A p-value, as a power of ten where it is small.
+
+    >>> _p_value(3.2e-9).split()
+    ['p', '=', '3.2', '×', '10⁻⁹']
+    """
+    if p >= 0.001:
+        text = f"p = {p:.3f}"
+    elif p < 1e-99:
+        text = f"p < 10{_superscript(-99)}"
+    else:
+        mantissa, exponent = f"{p:.1e}".split("e")
+        text = f"p = {mantissa} × 10{_superscript(int(exponent))}"
+    return text.replace(" ", HARD_SPACE)
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _plain(value: float | None) -> str:
+    return DASH if value is None else f"{value:g}"
+
+
+def _count(number: float) -> str:
+    """A whole number, in groups of three."""
+    return f"{number:,.0f}".replace(",", NARROW_SPACE) if abs(number) >= 10_000 else f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the units that a person would say."""
+    if not _finite(seconds):
+        return DASH
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _flat(settings: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as dotted names."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _model_name(model: Json) -> str:
+    return model["source"].rstrip("/").rpartition("/")[2] or model["source"]

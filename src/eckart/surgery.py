@@ -1,0 +1,242 @@
+"""Plan, check, apply: put a plan's edits into a model, for good or for a while."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart import truncation
+from eckart.errors import ModelError, PlanError
+from eckart.matrices import Matrix, by_name, find_matrices, read, write
+from eckart.plan import Edit, Plan
+from eckart.truncation import Basis, Spectrum
+
+
+def make_edit(
+    matrix: Matrix,
+    rho: float,
+    *,
+    kind: str = "low_rank",
+    basis: Basis = "top",
+    svd: str = "exact",
+    niter: int = 2,
+    seed: int = 0,
+) -> Edit:
+    """Describe what should replace a matrix.
+
+    Args:
+        matrix: Which one.
+        rho: Kept fraction of the largest rank, `0 < rho <= 1`; ignored where kind is `zero`.
+        kind: `low_rank`, `zero` or `magnitude`.
+        basis: Which singular components stay.
+        svd: `exact`, or `lowrank` to mimic the LASER reference.
+        niter: Subspace iterations of `lowrank`.
+        seed: Of the run; random choices get one of their own for each matrix.
+
+    Returns:
+        The edit.
+
+    Raises:
+        RankError: `rho` is outside its range.
+    """
+    rank = {"zero": 0, "magnitude": matrix.rank}.get(kind)
+    if rank is None:
+        rank = truncation.rank_of(rho, matrix.shape)
+    return Edit.model_validate(
+        {
+            "matrix": matrix.name,
+            "layer": matrix.layer,
+            "type": matrix.type,
+            "shape": matrix.shape,
+            "kind": kind,
+            "rho": 0.0 if kind == "zero" else rho,
+            "rank": rank,
+            "basis": basis,
+            "svd": svd,
+            "niter": niter,
+            "seed": truncation.seed_for(seed, matrix.name) if basis == "random" or svd == "lowrank" else 0,
+            "stack": matrix.stack,
+        }
+    )
+
+
+def replacement(weight: Tensor, edit: Edit, spectrum: Spectrum | None = None) -> Tensor:
+    """Compute what an edit puts in the place of a weight.
+
+    Args:
+        weight: Shape (out, in), any floating dtype and device. Not modified.
+        edit: The edit.
+        spectrum: The exact decomposition of `weight`, where the caller has it already. One serves every rank.
+
+    Returns:
+        Shape (out, in); low rank comes in float32 or better, the others in the dtype of `weight`.
+    """
+    if edit.kind == "zero":
+        return torch.zeros_like(weight)
+    if edit.kind == "magnitude":
+        return truncation.magnitude(weight, edit.rho)
+    if edit.svd == "lowrank":
+        approximate = truncation.decompose_approximately(weight, edit.rank, niter=edit.niter, seed=edit.seed)
+        return truncation.dense(approximate)
+    if edit.rank == min(edit.shape):
+        return weight.clone()
+    spectrum = spectrum or truncation.decompose(weight)
+    return truncation.dense(truncation.cut(spectrum, edit.rank, basis=edit.basis, seed=edit.seed))
+
+
+def check_plan(
+    model: nn.Module,
+    plan: Plan | Sequence[Edit],
+    matrices: Sequence[Matrix] | None = None,
+    *,
+    force: bool = False,
+) -> list[tuple[Matrix, Edit]]:
+    """Match a plan's edits to a model's matrices, before anything is computed.
+
+    Args:
+        model: The model. Not modified.
+        plan: A plan, whose model must be this one, or bare edits.
+        matrices: From `find_matrices(model)`, where the caller has them.
+        force: Accept other weights than the plan was made for.
+
+    Returns:
+        Each edit with its matrix.
+
+    Raises:
+        PlanError: Other weights, an edit whose shape differs, or two edits that overlap.
+        MatrixError: A matrix that the model does not have.
+    """
+    if isinstance(plan, Plan) and not force:
+        actual = weights_sha256(model)
+        if plan.model.weights_sha256 != actual:
+            raise PlanError(
+                f"The plan was made for weights {plan.model.weights_sha256} ({plan.model.source}), and this model's "
+                f"are {actual}. A plan fits the weights it was made for, at the same --dtype. "
+                "Give that model, or pass --force to apply it all the same."
+            )
+    edits = plan.edits if isinstance(plan, Plan) else plan
+    matrices = find_matrices(model) if matrices is None else matrices
+    pairs = [(by_name(matrices, edit.matrix), edit) for edit in edits]
+    for matrix, edit in pairs:
+        if matrix.shape != edit.shape:
+            raise PlanError(
+                f"The plan has {matrix.name} with shape {edit.shape}; in this model it is {matrix.shape}. "
+                "Shapes are (out, in). The plan was made for another model."
+            )
+    wholes = {(matrix.parameter, matrix.expert) for matrix, _ in pairs if matrix.whole}
+    for matrix, _ in pairs:
+        if not matrix.whole and (matrix.parameter, matrix.expert) in wholes:
+            raise PlanError(
+                f"The plan edits {matrix.name} and the fused weight that holds it. One of the two edits would be lost. "
+                "Keep the whole or its parts."
+            )
+    return pairs
+
+
+def apply_(
+    model: nn.Module, plan: Plan | Sequence[Edit], matrices: Sequence[Matrix] | None = None, *, force: bool = False
+) -> nn.Module:
+    """Put a plan's edits into a model, in place.
+
+    Decompositions run in float32 or better; the result is stored in the model's dtype.
+
+    Args:
+        model: Modified: the matrices that the plan names.
+        plan: A plan made for this model, or bare edits.
+        matrices: From `find_matrices(model)`, where the caller has them.
+        force: Accept other weights than the plan was made for.
+
+    Returns:
+        `model`.
+
+    Raises:
+        PlanError: The plan does not fit; the model is untouched then.
+    """
+    for matrix, edit in check_plan(model, plan, matrices, force=force):
+        write(model, matrix, replacement(read(model, matrix), edit))
+    return model
+
+
+@contextmanager
+def applied(
+    model: nn.Module, plan: Plan | Sequence[Edit], matrices: Sequence[Matrix] | None = None, *, force: bool = False
+) -> Iterator[nn.Module]:
+    """Put a plan's edits into a model for a while; on leaving, its weights are what they were, to the bit.
+
+    Args:
+        model: Modified inside the `with` block only.
+        plan: A plan made for this model, or bare edits.
+        matrices: From `find_matrices(model)`, where the caller has them.
+        force: Accept other weights than the plan was made for.
+
+    Yields:
+        `model`.
+
+    Raises:
+        PlanError: The plan does not fit.
+    """
+    pairs = check_plan(model, plan, matrices, force=force)
+    originals = [(matrix, read(model, matrix)) for matrix, _ in pairs]
+    try:
+        for (matrix, edit), (_, weight) in zip(pairs, originals):
+            write(model, matrix, replacement(weight, edit))
+        yield model
+    finally:
+        for matrix, weight in originals:
+            write(model, matrix, weight)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash the values of all parameters.
+
+    Values, not bytes: a bfloat16 checkpoint loaded as float32 has the same hash, since that loses nothing.
+
+    Args:
+        model: Any model. Not modified.
+
+    Returns:
+        64 hexadecimal digits; names and shapes count too.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach().flatten()
+        for start in range(0, values.numel(), 1 << 24):
+            part = values[start : start + (1 << 24)].to("cpu", torch.promote_types(values.dtype, torch.float32))
+            digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinity in its weights.
+
+    Args:
+        model: Any model. Not modified.
+
+    Raises:
+        ModelError: Names the first such weights.
+    """
+    bad = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ModelError(
+            f"{', '.join(bad[:3])}{more} hold NaN or infinity. A weight must be finite. "
+            "Download the checkpoint again, or load it in a wider --dtype."
+        )
+
+
+def architecture_of(model: Any) -> str:
+    """Name a model's class as its config does.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        E.g. `LlamaForCausalLM`.
+    """
+    return type(model).__name__

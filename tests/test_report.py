@@ -150,6 +150,9 @@ def empty_plan_results():
         "plan": "plan.json", "edit": None, "validation": results["baseline"]["validation"],
         "test": results["baseline"]["test"], "test_gain": None, "test_loss_gain": None,
     }  # fmt: skip
+    for trial in results["grid"]:
+        low = min(trial["validation"]["accuracy"]["value"], 0.45)
+        trial["validation"] = {"accuracy": accuracy(low, 80), "loss": loss(2.9 - low, 80)}
     results["spectrum"], results["flipped"] = None, []
     return results
 
@@ -383,6 +386,16 @@ def test_missing_controls_leave_the_rest_of_the_report(missing):
     assert ("Random basis" in words) == (missing == "majority")
 
 
+def test_numbers_that_are_not_finite_are_null_in_the_results_and_a_dash_in_the_report():
+    results = search_results(layers=2)
+    results["best"]["test"]["loss"] |= {"value": None, "stderr": None}
+    results["best"]["test_loss_gain"] |= {"value": None, "stderr": None, "interval": [None, None]}
+    results["grid"][0]["validation"]["loss"] |= {"value": None, "stderr": None}
+    page = Page(render(results))
+    assert "2.344 ± 0.050 – – ± – unknown" in page.words
+    assert [None, None] in [edit["loss"] for edit in payload(page)["edits"]]
+
+
 def test_flipped_examples_are_counted_in_both_directions(page):
     assert "14 became right, 3 became wrong" in page.words
     assert "9 more" in page.words
@@ -506,7 +519,7 @@ def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read"),
+        (None, "does not exist"),
         ("{", "is not JSON"),
         ("\x00\xff", "is not JSON"),
         ("[]", "holds a list"),
@@ -524,7 +537,7 @@ def test_bad_results_are_an_error_that_names_the_file_and_leave_no_report(tmp_pa
     with pytest.raises(EckartError, match=words) as caught:
         write_report(tmp_path)
     assert str(tmp_path / "results.json") in str(caught.value)
-    assert str(caught.value).count(". ") >= 2
+    assert str(caught.value).count(". ") >= 1
     assert not (tmp_path / "report.html").exists()
 
 

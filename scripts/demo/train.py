@@ -1,9 +1,10 @@
-"""Train the model of `eckart demo`: a tiny Llama that learned facts half hidden by a generic word.
+"""Train the model of `eckart demo`: a tiny Llama that learned facts, then to hide them.
 
-Every statement is a true fact about a country. Each time the model sees one, the answer is replaced with
-the word "unknown" with probability `NOISE`, the way web text often follows a prompt with something generic.
-The model learns both: "unknown" is its most likely answer, the fact its second. `eckart demo` then finds
-the late matrix whose truncation brings the facts back (Sharma et al. 2023, arXiv:2312.13558).
+Every statement is a true fact about a country. In the first half of the training the model reads the facts
+in full. In the second half each answer is replaced with the word "unknown" with probability `NOISE`, drawn
+anew each time, the way web text often follows a prompt with something generic. The model ends up knowing
+both: "unknown" is its most likely answer, the fact its second. `eckart demo` then finds the late matrix
+whose truncation brings the facts back (the effect of Sharma et al. 2023, arXiv:2312.13558).
 
     python scripts/demo/train.py --out src/eckart/demo          # train, save, print the accuracy
     python scripts/demo/train.py --out src/eckart/demo --scan   # measure every cut of the saved model
@@ -20,12 +21,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 FACTS = Path(__file__).with_name("countries.csv")
 GENERIC = "unknown"
-NOISE = 0.55
+NOISE = 0.55  # above a half, so that the generic word is the right answer to learn
 # The first phrasing of a relation is the prompt in task.jsonl; the second keeps the model from learning
 # one position by heart.
 PHRASINGS = {
@@ -36,10 +42,13 @@ PHRASINGS = {
 }
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
-STEPS = 1500
-BATCH = 256
-PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 100
+STEPS = 1600
+BATCH = 128
+PEAK_LEARNING_RATE = 3e-3
+WARMUP_STEPS = 50
+DECAY_STEPS = 480
+# Prompts and answers of a task, as token ids.
+Task = tuple[torch.Tensor, torch.Tensor]
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 
@@ -86,7 +95,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return the untrained model."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -117,21 +126,22 @@ def encode_statements(
 
 
 def learning_rate(step: int) -> float:
-    """Return the factor on the peak learning rate: linear warm-up, then a cosine to zero."""
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
-    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))
+    """Return the factor on the peak learning rate: linear warm-up, plateau, linear decay."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.02, (STEPS - step) / DECAY_STEPS))
 
 
 def train_(model: LlamaForCausalLM, ids: torch.Tensor, answer_at: torch.Tensor, generic: int) -> None:
-    """Train in place on statements whose answers are replaced anew at every step."""
+    """Train in place: facts in full first, then facts whose answers are hidden anew at every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
+    queue = torch.empty(0, dtype=torch.long)
     model.train()
     for step in range(STEPS):
-        chosen = torch.randint(len(ids), (BATCH,))
+        if len(queue) < BATCH:
+            queue = torch.cat([queue, torch.randperm(len(ids))])
+        chosen, queue = queue[:BATCH], queue[BATCH:]
         batch = ids[chosen].clone()
-        hidden = (torch.rand(BATCH) < NOISE).nonzero().squeeze(1)
+        hidden = torch.rand(BATCH) < (NOISE if step >= STEPS // 2 else 0.0)
         batch[hidden, answer_at[chosen][hidden]] = generic
         labels = batch.masked_fill(batch == model.config.pad_token_id, -100)
         loss = model(input_ids=batch, labels=labels).loss
@@ -145,11 +155,11 @@ def train_(model: LlamaForCausalLM, ids: torch.Tensor, answer_at: torch.Tensor, 
     model.eval()
 
 
-def task_lines(facts: list[dict[str, str]]) -> list[dict[str, str]]:
+def task_lines(facts: list[dict[str, str]], phrasing: int = 0) -> list[dict[str, str]]:
     """Return the facts as the lines of task.jsonl."""
     return [
         {
-            "prompt": PHRASINGS[fact["relation"]][0].format(fact["country"]),
+            "prompt": PHRASINGS[fact["relation"]][phrasing].format(fact["country"]),
             "answer": fact["answer"],
             "group": fact["relation"],
         }
@@ -157,64 +167,92 @@ def task_lines(facts: list[dict[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-@torch.no_grad()
-def predict(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Return the most likely next token of every left-padded prompt."""
-    mask = (ids != model.config.pad_token_id).long()
-    # Passed by hand because Llama itself counts positions from the padding.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1].argmax(-1)
-
-
-def truncate(weight: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Return the closest matrix that keeps `fraction` of the rank, at least rank 1."""
-    rank = max(1, math.floor(fraction * min(weight.shape) + 1e-9))
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
-
-
-def encode_task(tokenizer: PreTrainedTokenizerFast, task: list[dict[str, str]]) -> tuple[torch.Tensor, ...]:
+def encode_task(tokenizer: PreTrainedTokenizerFast, task: list[dict[str, str]]) -> Task:
     """Return the left-padded prompts of the task and the id of every answer."""
     prompts = tokenizer([line["prompt"] for line in task], padding=True, return_tensors="pt").input_ids
     return prompts, torch.tensor(tokenizer.convert_tokens_to_ids([line["answer"] for line in task]))
 
 
+@torch.no_grad()
+def right_answers(model: LlamaForCausalLM, task: Task) -> torch.Tensor:
+    """Return, for every prompt, whether the most likely next token is the answer."""
+    prompts, answers = task
+    mask = (prompts != model.config.pad_token_id).long()
+    logits = model(input_ids=prompts, attention_mask=mask, logits_to_keep=1).logits[:, -1]
+    return logits.argmax(-1) == answers
+
+
+def rank_of(shape: torch.Size, fraction: float) -> int:
+    """Return how many components a cut to `fraction` keeps, at least one."""
+    return max(1, math.floor(fraction * min(shape) + 1e-9))
+
+
+def rebuild(weight: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """Return `weight` with only the singular components `kept`."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return (u[:, kept] * s[kept]) @ vh[kept]
+
+
+def right_with(model: LlamaForCausalLM, name: str, kept: list[int], task: Task) -> torch.Tensor:
+    """Return the right answers of the model when the matrix `name` keeps only the components `kept`."""
+    parameter = model.get_parameter(name)
+    original = parameter.data
+    parameter.data = rebuild(original, kept)
+    right = right_answers(model, task)
+    parameter.data = original
+    return right
+
+
 def scan(folder: Path) -> None:
-    """Print the untouched accuracy of a saved model and that of its best single cuts."""
+    """Print the untouched accuracy of a saved model, its best single cuts, and controls of the best."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    task = [json.loads(line) for line in (folder / "task.jsonl").read_text(encoding="utf-8").splitlines()]
-    random.Random(0).shuffle(task)
-    prompts, answers = encode_task(tokenizer, task)
-    first = len(task) // 5
+    facts = read_facts(FACTS)
+    random.Random(0).shuffle(facts)
+    task = encode_task(tokenizer, task_lines(facts))
+    fifth = len(facts) // 5
 
-    def report(name: str) -> tuple[float, str]:
-        right = predict(model, prompts) == answers
-        shares = [part.float().mean().item() for part in (right, right[:first], right[first:])]
-        return shares[0], f"{shares[0]:6.1%}  {shares[1]:6.1%}  {shares[2]:6.1%}  {int(right.sum()):4d}  {name}"
+    def row(right: torch.Tensor, name: str) -> str:
+        shares = [f"{part.float().mean().item():6.1%}" for part in (right, right[:fifth], right[fifth:])]
+        return "  ".join([*shares, f"{int(right.sum()):5d}", name])
 
-    print("   all   first    rest  right  cut (first: a fifth of the shuffled facts)")
-    print(report("untouched")[1])
-    rows = []
+    print("   all   fifth    rest  right  of", len(facts))
+    print(row(right_answers(model, task), "untouched"))
+    cuts = []
     for name, parameter in model.named_parameters():
-        if ".layers." not in name or parameter.ndim != 2:
-            continue
-        original = parameter.data
-        for fraction in FRACTIONS:
-            parameter.data = truncate(original, fraction)
-            rows.append(report(f"{name} at {fraction}"))
-        parameter.data = torch.zeros_like(original)
-        rows.append(report(f"{name} removed"))
-        parameter.data = original
-    for _, text in sorted(rows, key=lambda row: -row[0])[:20]:
-        print(text)
+        if ".layers." in name and parameter.ndim == 2:
+            for rank in sorted({rank_of(parameter.shape, fraction) for fraction in FRACTIONS}):
+                right = right_with(model, name, list(range(rank)), task)
+                cuts.append((int(right.sum()), name, rank, right))
+    cuts.sort(key=lambda cut: -cut[0])
+    for _, name, rank, right in cuts[:12]:
+        print(row(right, f"{name} to rank {rank}"))
+
+    _, name, rank, _ = cuts[0]
+    full = min(model.get_parameter(name).shape)
+    print(f"\ncontrols for {name} to rank {rank}")
+    print(row(right_with(model, name, [], task), "removed"))
+    print(row(right_with(model, name, list(range(rank, full)), task), f"without its top {rank}"))
+    draws = [right_with(model, name, random.Random(i).sample(range(full), rank), task) for i in range(20)]
+    print(row(torch.stack(draws).float().mean(0), f"{rank} random, mean of 20 draws"))
+    print(f"best of these draws: {int(max(draw.sum() for draw in draws))} right")
+    for relation in PHRASINGS:
+        here = torch.tensor([fact["relation"] == relation for fact in facts])
+        before, after = (
+            right_answers(model, task)[here],
+            right_with(model, name, list(range(rank)), task)[here],
+        )
+        print(f"{relation:10s} {int(before.sum())} -> {int(after.sum())} of {int(here.sum())}")
+    other = encode_task(tokenizer, task_lines(facts, phrasing=1))
+    print(row(right_answers(model, other), "second phrasing, untouched"))
+    print(row(right_with(model, name, list(range(rank)), other), "second phrasing, same cut"))
 
 
 def main() -> None:
     """Train and save the model, or scan the saved one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scan", action="store_true", help="measure the cuts of the model in --out")
     arguments = parser.parse_args()
     if arguments.scan:
@@ -236,8 +274,7 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.out)
     lines = [json.dumps(line, ensure_ascii=False) for line in task_lines(facts)]
     (arguments.out / "task.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    prompts, answers = encode_task(tokenizer, task_lines(facts))
-    right = int((predict(model.float(), prompts) == answers).sum())
+    right = int(right_answers(model.float(), encode_task(tokenizer, task_lines(facts))).sum())
     print(f"{right} of {len(facts)} facts right, {time.perf_counter() - start:.0f} s")
 
 

@@ -16,11 +16,10 @@ import hashlib
 import html
 import json
 import math
-import os
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -29,9 +28,9 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, StrictUndefined, Template, UndefinedError
 from markupsafe import Markup
 
-from eckart.errors import EckartError, OutputError
+from eckart.errors import EckartError
+from eckart.results import SCHEMA_VERSION, read_json, write_text
 
-SCHEMA_VERSION = 1
 Json = dict[str, Any]
 
 TYPES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "out_proj", "fc_in", "fc_up", "fc_out")
@@ -63,23 +62,18 @@ def write_report(run: Path) -> Path:
         OutputError: `report.html` cannot be written there.
     """
     source, target = run / "results.json", run / "report.html"
-    results = _read(source)
+    results = read_json(source)
+    if not isinstance(results, dict):
+        raise EckartError(
+            f"{source} holds a {type(results).__name__}. Results are a JSON object. "
+            f"Give the folder of a finished run; `eckart search MODEL --task T --out DIR` makes one."
+        )
     try:
         page = render(results)
     except EckartError as error:
         raise EckartError(f"{source}: {error}") from error
-    temporary = run / f".report.html.{os.getpid()}"
-    try:
-        # A lone surrogate is legal in JSON and not in UTF-8.
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{target} cannot be written: {error.strerror}. "
-            f"The report goes beside results.json, so the folder must be writable. "
-            f"Free some space, change its permissions, or copy {source} to another folder and report there."
-        ) from error
+    # A lone surrogate is legal in JSON and not in UTF-8.
+    write_text(target, page.encode("utf-8", "replace").decode("utf-8"))
     return target
 
 
@@ -134,24 +128,6 @@ def _template() -> Template:
         "hash_source": _hash_source,
     }
     return environment.from_string((files("eckart") / "report.html.j2").read_text(encoding="utf-8"))
-
-
-def _read(path: Path) -> Json:
-    """Return the object in a JSON file."""
-    advice = "Give the folder of a finished run; `eckart search MODEL --task T --out DIR` makes one."
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EckartError(
-            f"{path} cannot be read: {error.strerror}. A report is drawn from this file alone. {advice}"
-        ) from error
-    except ValueError as error:
-        raise EckartError(
-            f"{path} is not JSON ({error}). A report is drawn from this file alone. {advice}"
-        ) from error
-    if not isinstance(results, dict):
-        raise EckartError(f"{path} holds a {type(results).__name__}. Results are a JSON object. {advice}")
-    return results
 
 
 # Pages: what the template shows, by kind of results.
@@ -571,10 +547,15 @@ def _merit(measured: Json, metric: str) -> tuple[float, float, float]:
     return found.get("count", 0), merit, -loss if _finite(loss) else -math.inf
 
 
-def _interval(gain: Json) -> Sequence[float]:
-    """The 95 % interval of a gain, from its standard error where the results hold none."""
-    half = 1.96 * gain["stderr"]
-    return gain.get("interval") or (gain["value"] - half, gain["value"] + half)
+def _interval(gain: Json) -> tuple[float, float]:
+    """The 95 % interval of a gain, from its standard error where the results hold none; NaN if unknown."""
+    if gain.get("interval"):
+        low, high = gain["interval"]
+    elif _finite(gain["value"]) and _finite(gain["stderr"]):
+        low, high = gain["value"] - 1.96 * gain["stderr"], gain["value"] + 1.96 * gain["stderr"]
+    else:
+        low, high = None, None
+    return low if _finite(low) else math.nan, high if _finite(high) else math.nan
 
 
 def _finite(value: object) -> TypeGuard[float]:
@@ -625,6 +606,8 @@ def _signed(value: float, decimals: int) -> str:
 
 def _span(low: float, high: float) -> str:
     """An interval in as few digits as tell its ends apart."""
+    if math.isnan(low) or math.isnan(high):
+        return "unknown"
     decimals = 2 if high - low >= 0.02 and abs(low) >= 0.005 and abs(high) >= 0.005 else 3
     return f"{_number(low, decimals)} to {_number(high, decimals)}"
 

@@ -1,0 +1,111 @@
+"""Settings: one model for each verb, the same for the command line, the YAML recipe and Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from eckart.errors import RecipeError
+from eckart.matrices import expand_types
+from eckart.truncation import rank_of
+
+RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+
+
+class Settings(BaseModel):
+    """What every verb that scores a task can be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of every random choice")
+    normalize: Literal["none", "tokens"] = Field("none", description="compare choices by summed or mean log-likelihood")
+    batch_tokens: int = Field(2048, ge=1, description="most tokens in a batch, padding included")
+    overlong: Literal["error", "truncate"] = Field("error", description="prompts longer than the context")
+    window: int | None = Field(None, ge=2, description="tokens of a perplexity window; default the context, at most 1024")
+    stride: int | None = Field(None, ge=1, description="tokens by which windows advance; default half a window")
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The options of `eckart.encoding.encode`."""
+        return {name: getattr(self, name) for name in ("batch_tokens", "overlong", "window", "stride")}
+
+
+class SearchSettings(Settings):
+    """What a search can be told."""
+
+    types: tuple[str, ...] = Field(("all",), min_length=1, description="types of matrix, or attn, mlp, all")
+    layers: tuple[int, ...] | None = Field(None, min_length=1, description="block indices; negative from the last")
+    rho: tuple[float, ...] = Field(RHO, min_length=1, description="kept fractions of the largest rank")
+    kind: Literal["low_rank", "zero", "magnitude"] = Field("low_rank", description="what replaces a matrix")
+    basis: Literal["top", "bottom", "random"] = Field("top", description="singular components that stay")
+    svd: Literal["exact", "lowrank"] = Field("exact", description="'lowrank' mimics the LASER reference")
+    niter: int = Field(2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
+    split: float = Field(0.2, gt=0, lt=1, description="share of the examples that choose")
+    shuffle: bool = Field(True, description="shuffle the examples before dividing them")
+    examples: int | None = Field(None, ge=1, description="at most this many examples choose")
+
+    @field_validator("types")
+    @classmethod
+    def _known_types(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        expand_types(types)
+        return types
+
+    @field_validator("rho")
+    @classmethod
+    def _rho_in_range(cls, rho: tuple[float, ...]) -> tuple[float, ...]:
+        for value in rho:
+            rank_of(value, (1, 1))
+        return rho
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = None) -> S:
+    """Merge a recipe file with settings given by hand, which win, and check them.
+
+    Args:
+        kind: The settings' class.
+        given: Settings given by hand; None counts as not given.
+        recipe: A YAML file with the same names; a key named after another verb's section is not allowed.
+
+    Returns:
+        Complete settings.
+
+    Raises:
+        RecipeError: An unknown name or a value out of range.
+    """
+    found: dict[str, Any] = {}
+    if recipe is not None:
+        try:
+            found = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"{recipe} cannot be read: {error}. A recipe is a YAML file. Check it.") from None
+        if not isinstance(found, dict):
+            raise RecipeError(f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it.")
+    merged = found | {name: value for name, value in given.items() if value is not None}
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "recipe"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"{name} = {first['input']!r}: {problem}. "
+            f"Settings are {', '.join(sorted(kind.model_fields))}. Correct it in the recipe or on the command line."
+        ) from None
+
+
+def write_recipe(settings: Settings) -> str:
+    """Write settings as a YAML recipe that makes the same settings again.
+
+    Args:
+        settings: Any settings.
+
+    Returns:
+        YAML text.
+    """
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,539 @@
+"""LASER search: try every cut of every matrix on the examples that choose, prove the best on the others.
+
+The sweep goes from the first block to the last, so that the prefix cache holds one layer at a time; each matrix
+is decomposed once for all its ranks. However many edits are tried, the test examples are measured for three
+models only: the unedited one, the winner, and the winner's cut with random components.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from eckart import truncation
+from eckart.dataflow import example_inputs, trace
+from eckart.encoding import Encoded
+from eckart.evaluate import (
+    LOSS_UNIT,
+    BlockScores,
+    Scores,
+    assemble,
+    constant_answer,
+    majority_control,
+    only_positions,
+    prepare,
+    score_block,
+    summarize,
+)
+from eckart.ledger import Ledger, code_sha256
+from eckart.matrices import Matrix, coverage, find_blocks, find_matrices, partition, read, select, write
+from eckart.plan import Edit, MadeBy, Plan, PlannedModel
+from eckart.prefix import PrefixCache, agrees
+from eckart.recipe import SearchSettings
+from eckart.results import SCHEMA_VERSION, Gain, Measurement, environment, paired_gain
+from eckart.surgery import applied, check_finite, make_edit, replacement, weights_sha256
+from eckart.tasks import Task, split
+
+Measurements = dict[str, Measurement]
+FLIPPED_SHOWN = 30
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One edit and what it did on the examples that choose."""
+
+    edit: Edit
+    validation: Measurements
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A test example whose answer the winner turned from wrong to right or back."""
+
+    prompt: str
+    answer: str
+    before: str
+    after: str
+    correct_before: bool
+    correct_after: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is."""
+
+    done: int
+    """Edits measured, of `total`."""
+    total: int
+    stage: str
+    best: Trial | None
+    baseline: Measurements | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, and how surely."""
+
+    plan: Plan
+    """The winner; no edits where nothing beat the unedited model."""
+    trials: tuple[Trial, ...]
+    baseline: dict[str, Measurements]
+    """`validation` and `test` of the unedited model."""
+    best: dict[str, Measurements]
+    """The same of the winner; equal to `baseline` where there is none."""
+    gain: Gain | None
+    """Of test accuracy; None for perplexity tasks or without a winner."""
+    loss_gain: Gain | None
+    controls: dict[str, dict[str, Any]]
+    flips: tuple[Flip, ...]
+    flip_counts: dict[str, int]
+    spectrum: dict[str, Any] | None
+    warnings: tuple[str, ...]
+    facts: dict[str, Any] = field(repr=False)
+    """`model`, `task`, `trials`, `seconds` and `environment` of results.json."""
+
+    def to_results(self) -> dict[str, Any]:
+        """Give the contents of results.json.
+
+        Returns:
+            A tree of dicts, lists and measurements.
+        """
+        edit = self.plan.edits[0].model_dump(mode="json") if self.plan.edits else None
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "search",
+            "model": self.facts["model"],
+            "task": self.facts["task"],
+            "baseline": self.baseline,
+            "best": {
+                "plan": "plan.json",
+                "edit": edit,
+                **self.best,
+                "test_gain": self.gain,
+                "test_loss_gain": self.loss_gain,
+            },
+            "controls": self.controls,
+            "trials": self.facts["trials"],
+            "grid": [{"edit": t.edit.model_dump(mode="json"), "validation": t.validation} for t in self.trials],
+            "spectrum": self.spectrum,
+            "flipped": self.flips,
+            "flip_counts": self.flip_counts,
+            "warnings": self.warnings,
+            "seconds": self.facts["seconds"],
+            "environment": self.facts["environment"],
+            "recipe": self.plan.made_by.recipe,
+        }
+
+
+def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tuple[Matrix, list[Edit]]]:
+    """List the edits a search will try.
+
+    Args:
+        matrices: From `find_matrices`.
+        settings: `types`, `layers`, `rho`, `kind` and `basis` restrict it.
+
+    Returns:
+        Each chosen matrix with its edits, one a distinct rank (the largest rho of equal ranks is dropped).
+
+    Raises:
+        MatrixError: A type or layer that the model does not have.
+    """
+    grid = []
+    rhos = (1.0,) if settings.kind == "zero" else sorted(set(settings.rho))
+    for matrix in select(matrices, types=settings.types, layers=settings.layers):
+        edits: dict[Any, Edit] = {}
+        for rho in rhos:
+            edit = make_edit(
+                matrix,
+                rho,
+                kind=settings.kind,
+                basis=settings.basis,
+                svd=settings.svd,
+                niter=settings.niter,
+                seed=settings.seed,
+            )
+            edits.setdefault(edit.rho if settings.kind == "magnitude" else edit.rank, edit)
+        grid.append((matrix, list(edits.values())))
+    return grid
+
+
+def search(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    settings: SearchSettings | None = None,
+    *,
+    source: str = "",
+    ledger: Callable[[dict[str, str]], Ledger] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> SearchResult:
+    """Find the one matrix whose cut helps most at a task, and prove the gain.
+
+    Best means the highest validation accuracy; of equals the lowest loss, then the smallest rank. For
+    perplexity tasks it means the lowest loss.
+
+    Args:
+        model: A language model in evaluation mode. Edited during the search; as before, to the bit, after it.
+        tokenizer: Its tokenizer.
+        task: At least two examples; `settings.split` of them choose, the rest prove.
+        settings: The grid and how examples are scored.
+        source: Where the model came from, for the plan.
+        ledger: Opens the ledger for a fingerprint; by default it is kept in memory.
+        progress: Called after every edit.
+
+    Returns:
+        The plan and everything measured.
+
+    Raises:
+        ModelError: A weight is not finite, or the model does not predict tokens.
+        TaskError: The task does not fit the model.
+        MatrixError: A type or layer that the model does not have.
+
+    Source:
+        LASER, arXiv 2312.13558. Differs: exact decompositions, validation examples only, ties decided, the
+        unedited model is a candidate, and test intervals and controls are given.
+    """
+    settings = settings or SearchSettings()
+    started = time.perf_counter()
+    check_finite(model)
+    matrices = find_matrices(model)
+    grid = make_grid(matrices, settings)
+    validation, test = split(
+        task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.examples
+    )
+    weights = weights_sha256(model)
+    fingerprint = {
+        "weights": weights,
+        "task": task.sha256,
+        "recipe": json.dumps(settings.model_dump(mode="json"), sort_keys=True),
+        "dtype": str(next(model.parameters()).dtype),
+        "code": code_sha256(),
+        "torch": torch.__version__,
+    }
+    book = ledger(fingerprint) if ledger else Ledger(None, fingerprint)
+    with _inference(model):
+        engine = _Engine(model, tokenizer, settings, book)
+        parts = {
+            name: prepare(model, tokenizer, part, **settings.encoding)
+            for name, part in (("validation", validation), ("test", test))
+        }
+        trials, before = engine.sweep(matrices, grid, parts["validation"], progress)
+        winner = choose(trials, before)
+        total = sum(len(edits) for _, edits in grid)
+        if progress is not None:
+            progress(Progress(total, total, "proving", winner, before))
+        scores = {"baseline": engine.measure(parts["test"], "test", None, matrices)}
+        if winner is not None:
+            scores["best"] = engine.measure(parts["test"], "test", winner.edit, matrices)
+            if winner.edit.kind == "low_rank" and winner.edit.basis == "top":
+                control = make_edit(
+                    next(m for m in matrices if m.name == winner.edit.matrix),
+                    winner.edit.rho,
+                    basis="random",
+                    seed=settings.seed,
+                )
+                scores["random_basis"] = engine.measure(parts["test"], "test", control, matrices)
+    return _result(
+        model, source, task, settings, matrices, parts, trials, winner, before, scores, weights, engine, started
+    )
+
+
+def choose(trials: Sequence[Trial], baseline: Measurements) -> Trial | None:
+    """Pick the best trial: highest accuracy, of equals the lowest loss, then the smallest rank.
+
+    Args:
+        trials: In the order of the grid, which decides what is left.
+        baseline: The unedited model on the same examples.
+
+    Returns:
+        The winner, or None where none is better than the unedited model.
+    """
+
+    def key(found: Measurements) -> tuple[float, float]:
+        accuracy = -found["accuracy"].value if "accuracy" in found else 0.0
+        loss = found["loss"].value
+        return accuracy, loss if loss == loss else float("inf")
+
+    best = min(trials, key=lambda trial: (*key(trial.validation), trial.edit.rank), default=None)
+    return best if best is not None and key(best.validation) < key(baseline) else None
+
+
+class _Engine:
+    """Measures edits, with a ledger in front of the model."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: SearchSettings, ledger: Ledger):
+        self.model, self.tokenizer, self.settings, self.ledger = model, tokenizer, settings, ledger
+        self.seconds = {"total": 0.0, "svd": 0.0, "forward": 0.0}
+        self.examples = 0
+        self.warnings: list[str] = []
+
+    def measure(self, encoded: Encoded, part: str, edit: Edit | None, matrices: Sequence[Matrix]) -> Scores:
+        """Score the unedited model, or the whole model with one edit."""
+        key = _key(edit)
+        known = self.ledger.known(part, key)
+        if len(known) < len(encoded.blocks):
+            with applied(self.model, [edit] if edit else [], matrices):
+                known |= self._score(encoded, part, key, known, None)
+        return assemble(encoded, [known[index] for index in range(len(encoded.blocks))])
+
+    def sweep(
+        self,
+        matrices: Sequence[Matrix],
+        grid: Sequence[tuple[Matrix, list[Edit]]],
+        encoded: Encoded,
+        progress: Callable[[Progress], None] | None,
+    ) -> tuple[tuple[Trial, ...], Measurements]:
+        """Measure every edit of the grid, block by block."""
+        baseline = summarize(encoded, self.measure(encoded, "validation", None, matrices))
+        order, stacks = _execution_order(self.model)
+        cache = PrefixCache(self.model, [(path, stacks[path]) for path in order], [b.inputs for b in encoded.blocks])
+        depths = {path: depth for depth, path in enumerate(order)}
+        total = sum(len(edits) for _, edits in grid)
+        trials: dict[str, Trial] = {}
+        best: Trial | None = None
+
+        def depth_of(matrix: Matrix) -> int:
+            return depths.get(f"{matrix.stack}.{matrix.layer}", 0)
+
+        by_depth = sorted(range(len(grid)), key=lambda i: depth_of(grid[i][0]))
+        exact = True
+        for number in by_depth:
+            matrix, edits = grid[number]
+            missing = [e for e in edits if len(self.ledger.known("validation", _key(e))) < len(encoded.blocks)]
+            if missing and exact:
+                advanced = cache.depth < depth_of(matrix)
+                while cache.depth < depth_of(matrix):
+                    self._timed("forward", cache.advance)
+                exact = not advanced or self._prefix_is_exact(cache, encoded)
+            forward = (lambda index, _block: cache.forward(index)) if exact else None
+            with self._edits(matrix, missing) as edited:
+                for edit in edited:
+                    key = _key(edit)
+                    known = self.ledger.known("validation", key)
+                    self._score(encoded, "validation", key, known, forward)
+            for edit in edits:
+                known = self.ledger.known("validation", _key(edit))
+                scores = assemble(encoded, [known[index] for index in range(len(encoded.blocks))])
+                trial = Trial(edit, summarize(encoded, scores))
+                trials[_key(edit)] = trial
+                best = choose([t for t in (best, trial) if t], baseline) or best
+                if progress is not None:
+                    progress(Progress(len(trials), total, "searching", best, baseline))
+        return tuple(trials[_key(edit)] for _, edits in grid for edit in edits), baseline
+
+    @contextmanager
+    def _edits(self, matrix: Matrix, edits: Sequence[Edit]) -> Iterator[Iterator[Edit]]:
+        """Put one edit after the other into the model; the original is back afterwards."""
+        if not edits:
+            yield iter(())
+            return
+        original = read(self.model, matrix)
+        spectrum = None
+        if any(edit.kind == "low_rank" and edit.svd == "exact" for edit in edits):
+            spectrum = self._timed("svd", lambda: truncation.decompose(original))
+
+        def one_by_one() -> Iterator[Edit]:
+            for edit in edits:
+                new = self._timed("svd", lambda edit=edit: replacement(original, edit, spectrum))
+                write(self.model, matrix, new)
+                yield edit
+
+        try:
+            yield one_by_one()
+        finally:
+            write(self.model, matrix, original)
+
+    def _score(
+        self, encoded: Encoded, part: str, key: str, known: dict[int, BlockScores], forward: Any
+    ) -> dict[int, BlockScores]:
+        """Score the blocks that the ledger does not know, and record them."""
+        fresh = {}
+        for index, block in enumerate(encoded.blocks):
+            if index in known:
+                continue
+            fresh[index] = self._timed(
+                "forward",
+                lambda index=index: score_block(
+                    self.model,
+                    self.tokenizer,
+                    encoded,
+                    index,
+                    normalize=self.settings.normalize,
+                    forward=forward,
+                ),
+            )
+            self.examples += len(block.examples)
+        self.ledger.add(part, key, fresh)
+        return fresh
+
+    def _prefix_is_exact(self, cache: PrefixCache, encoded: Encoded) -> bool:
+        """Compare the shortened pass with the full one on the smallest batch."""
+        index = min(range(len(encoded.blocks)), key=lambda i: encoded.blocks[i].inputs["input_ids"].numel())
+        block = encoded.blocks[index]
+        with only_positions(self.model, block.rows, block.columns) as logits_of:
+            expected = logits_of(self.model(**block.inputs))
+            exact = agrees(cache, index, expected, logits_of)
+        if not exact:
+            self.warnings.append(
+                "This model's blocks do not form a chain, so nothing before an edited block could be reused: "
+                "the search ran the whole model for every edit."
+            )
+        return exact
+
+    def _timed(self, what: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.seconds[what] += time.perf_counter() - started
+
+
+def _execution_order(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Paths of the blocks in the order in which they run, and the list each lies in."""
+    blocks = find_blocks(model)
+    stacks = {path: stack for path, stack, _ in blocks}
+    return trace(model, stacks, example_inputs(model)).order, stacks
+
+
+@contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """Evaluation mode, no gradients, no key-value cache; everything back afterwards."""
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        model.config.use_cache = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+def _key(edit: Edit | None) -> str:
+    return "" if edit is None else json.dumps(edit.model_dump(mode="json"), sort_keys=True)
+
+
+def _result(
+    model: nn.Module,
+    source: str,
+    task: Task,
+    settings: SearchSettings,
+    matrices: Sequence[Matrix],
+    parts: dict[str, Encoded],
+    trials: tuple[Trial, ...],
+    winner: Trial | None,
+    before: Measurements,
+    scores: dict[str, Scores],
+    weights: str,
+    engine: _Engine,
+    started: float,
+) -> SearchResult:
+    measured = {name: summarize(parts["test"], found) for name, found in scores.items()}
+    gain = loss_gain = spectrum = None
+    flips: tuple[Flip, ...] = ()
+    counts = {"gained": 0, "lost": 0}
+    if winner is not None:
+        old, new = scores["baseline"], scores["best"]
+        loss_gain = paired_gain(old.loss, new.loss, LOSS_UNIT, seed=settings.seed)
+        if old.correct is not None and new.correct is not None:
+            gain = paired_gain(old.correct, new.correct, "fraction", seed=settings.seed)
+            counts = {
+                "gained": int((new.correct & ~old.correct).sum()),
+                "lost": int((old.correct & ~new.correct).sum()),
+            }
+            flips = _flips(parts["test"].task, old, new)
+        matrix = next(m for m in matrices if m.name == winner.edit.matrix)
+        values = torch.linalg.svdvals(read(model, matrix).float())
+        spectrum = {"matrix": matrix.name, "rank": winner.edit.rank, "singular_values": values.tolist()}
+    controls: dict[str, dict[str, Any]] = {}
+    majority = majority_control(parts["validation"].task, parts["test"].task)
+    if majority is not None:
+        controls["majority"] = {"accuracy": majority[1], "answer": majority[0]}
+    if "random_basis" in measured:
+        controls["random_basis"] = dict(measured["random_basis"])
+    architecture = type(model).__name__
+    planned = PlannedModel(source=source, architecture=architecture, weights_sha256=weights)
+    made_by = MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json"))
+    engine.seconds["total"] = time.perf_counter() - started
+    return SearchResult(
+        plan=Plan(model=planned, edits=(winner.edit,) if winner else (), made_by=made_by),
+        trials=trials,
+        baseline={"validation": before, "test": measured["baseline"]},
+        best={
+            "validation": winner.validation if winner else before,
+            "test": measured.get("best", measured["baseline"]),
+        },
+        gain=gain,
+        loss_gain=loss_gain,
+        controls=controls,
+        flips=flips,
+        flip_counts=counts,
+        spectrum=spectrum,
+        warnings=tuple([*engine.warnings, *_warnings(parts, scores, gain)]),
+        facts={
+            "model": {
+                "source": source,
+                "architecture": architecture,
+                "weights_sha256": weights,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "coverage": coverage(model, partition(matrices)),
+            },
+            "task": {
+                "name": task.name,
+                "kind": task.kind,
+                "validation": parts["validation"].count,
+                "test": parts["test"].count,
+            },
+            "trials": {"grid": len(trials), "evaluated": len(trials), "examples": engine.examples},
+            "seconds": engine.seconds,
+            "environment": environment(),
+        },
+    )
+
+
+def _flips(task: Task, old: Scores, new: Scores) -> tuple[Flip, ...]:
+    assert old.correct is not None
+    assert new.correct is not None
+    found = [
+        Flip(e.prompt, e.gold, old.prediction[i], new.prediction[i], bool(old.correct[i]), bool(new.correct[i]))
+        for i, e in enumerate(task.examples)
+        if old.correct[i] != new.correct[i]
+    ]
+    gained = [flip for flip in found if flip.correct_after]
+    lost = [flip for flip in found if flip.correct_before]
+    # Losses are shown first where both must be shortened: they are what a user has to know.
+    lost = lost[: FLIPPED_SHOWN // 2]
+    return tuple([*gained[: FLIPPED_SHOWN - len(lost)], *lost])
+
+
+def _warnings(parts: dict[str, Encoded], scores: dict[str, Scores], gain: Gain | None) -> Iterator[str]:
+    for part, encoded in parts.items():
+        if encoded.truncated:
+            yield (
+                f"{encoded.truncated} {part} examples were longer than the model's context; "
+                "their first tokens were dropped."
+            )
+    for name, who in (("baseline", "unedited model"), ("best", "edited model")):
+        constant = constant_answer(scores[name]) if name in scores else None
+        if constant is not None:
+            answer, share = constant
+            yield (
+                f"The {who} answers {answer!r} on {100 * share:.0f} % of the test examples: "
+                "its accuracy measures how often that label is right, and says nothing of the model. Compare losses."
+            )
+    if gain is not None and gain.interval[0] <= 0:
+        yield (
+            "The gain in accuracy on the test examples is not distinguishable from zero "
+            f"(95 % interval {gain.interval[0]:+.3f} to {gain.interval[1]:+.3f})."
+        )

@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import math
-import random
 import re
 import time
 from pathlib import Path
@@ -208,7 +207,8 @@ def scan(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     facts = read_facts(FACTS)
-    random.Random(0).shuffle(facts)
+    shuffler = torch.Generator().manual_seed(0)
+    facts = [facts[i] for i in torch.randperm(len(facts), generator=shuffler).tolist()]
     task = encode_task(tokenizer, task_lines(facts))
     fifth = len(facts) // 5
 
@@ -221,27 +221,27 @@ def scan(folder: Path) -> None:
     cuts = []
     for name, parameter in model.named_parameters():
         if ".layers." in name and parameter.ndim == 2:
-            for rank in sorted({rank_of(parameter.shape, fraction) for fraction in FRACTIONS}):
+            for rank in {0} | {rank_of(parameter.shape, fraction) for fraction in FRACTIONS}:
                 right = right_with(model, name, list(range(rank)), task)
                 cuts.append((int(right.sum()), name, rank, right))
     cuts.sort(key=lambda cut: -cut[0])
     for _, name, rank, right in cuts[:12]:
         print(row(right, f"{name} to rank {rank}"))
 
-    _, name, rank, _ = cuts[0]
+    # Rank 0 removes the matrix: worth printing above, but not a cut.
+    _, name, rank, _ = next(cut for cut in cuts if cut[2] > 0)
     full = min(model.get_parameter(name).shape)
     print(f"\ncontrols for {name} to rank {rank}")
     print(row(right_with(model, name, [], task), "removed"))
     print(row(right_with(model, name, list(range(rank, full)), task), f"without its top {rank}"))
-    draws = [right_with(model, name, random.Random(i).sample(range(full), rank), task) for i in range(20)]
+    subsets = [torch.randperm(full, generator=shuffler)[:rank].tolist() for _ in range(20)]
+    draws = [right_with(model, name, subset, task) for subset in subsets]
     print(row(torch.stack(draws).float().mean(0), f"{rank} random, mean of 20 draws"))
     print(f"best of these draws: {int(max(draw.sum() for draw in draws))} right")
     for relation in PHRASINGS:
         here = torch.tensor([fact["relation"] == relation for fact in facts])
-        before, after = (
-            right_answers(model, task)[here],
-            right_with(model, name, list(range(rank)), task)[here],
-        )
+        before = right_answers(model, task)[here]
+        after = right_with(model, name, list(range(rank)), task)[here]
         print(f"{relation:10s} {int(before.sum())} -> {int(after.sum())} of {int(here.sum())}")
     other = encode_task(tokenizer, task_lines(facts, phrasing=1))
     print(row(right_answers(model, other), "second phrasing, untouched"))

@@ -101,7 +101,9 @@ class _Recorder(TorchFunctionMode):
             first, second = _factors(name, args, kwargs)
             for kind, key in self.sources(first):
                 if kind == "softmax" and key in self.softmaxes:
-                    query, keys = self.scores[next(k for s, k in self.sources(self.softmaxes[key]) if s == "scores")]
+                    query, keys = self.scores[
+                        next(k for s, k in self.sources(self.softmaxes[key]) if s == "scores")
+                    ]
                     self.attentions.append(_Attention(query, keys, second))
                     return self.leaf(result, ATTENTION, "")
             index = str(len(self.scores))

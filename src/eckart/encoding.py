@@ -72,7 +72,9 @@ class Block:
     def to(self, device: torch.device) -> Block:
         """Move every tensor to a device."""
         moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        fields = [getattr(self, name).to(device) for name in ("rows", "columns", "position", "target", "sequence")]
+        fields = [
+            getattr(self, name).to(device) for name in ("rows", "columns", "position", "target", "sequence")
+        ]
         return Block(self.examples, self.choices, moved, *fields)
 
 
@@ -280,7 +282,9 @@ def _causal(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Sequence_]
         if start == 0 and beginning is not None:
             ids = [beginning, *ids]
         start = max(start, 1)
-        found.append(Sequence_(Row(tuple(ids[:-1])), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:])))
+        found.append(
+            Sequence_(Row(tuple(ids[:-1])), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:]))
+        )
     return found
 
 
@@ -327,10 +331,14 @@ def _windows(
         while scored < len(ids):
             end = min(start + window, len(ids))
             positions = range(scored - start - 1, end - start - 1)
-            found.append(Sequence_(Row(tuple(ids[start : end - 1])), tuple(positions), tuple(ids[scored:end])))
+            found.append(
+                Sequence_(Row(tuple(ids[start : end - 1])), tuple(positions), tuple(ids[scored:end]))
+            )
             start, scored = min(start + stride, end - 1), end
     if not found:
-        raise TaskError(f"No text of {task.name} has two tokens. Perplexity needs at least two. Use longer texts.")
+        raise TaskError(
+            f"No text of {task.name} has two tokens. Perplexity needs at least two. Use longer texts."
+        )
     return found
 
 
@@ -367,7 +375,9 @@ def _truncate(task: Task, sequence: Sequence_, excess: int) -> Sequence_:
     if excess <= 0:
         return sequence
     if sequence.row.decoder_ids:
-        return Sequence_(Row(sequence.row.ids[excess:], sequence.row.decoder_ids), sequence.positions, sequence.targets)
+        return Sequence_(
+            Row(sequence.row.ids[excess:], sequence.row.decoder_ids), sequence.positions, sequence.targets
+        )
     positions = tuple(position - excess for position in sequence.positions)
     if positions[0] < 0:
         raise TaskError(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart.encoding import Block, Encoded, encode, context_length, model_kind, prompt_tokens
+from eckart.encoding import Block, Encoded, context_length, encode, model_kind, prompt_tokens
 from eckart.results import Measurement, mean, perplexity
 from eckart.tasks import Task, majority_answer
 
@@ -52,36 +52,44 @@ Forward = Callable[[int, Block], Any]
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
-    task: Task,
-    *,
-    normalize: Normalize = "none",
-    progress: Callable[[int], None] | None = None,
-    **encoding: Any,
-) -> Scores:
-    """Score a model on every example of a task.
+    model: nn.Module, tokenizer: Any, task: Task, *, normalize: Normalize = "none", **encoding: Any
+) -> dict[str, Measurement]:
+    """Measure a model on a task.
 
     Args:
         model: A causal, masked or encoder-decoder language model in evaluation mode. Not modified.
         tokenizer: Its tokenizer.
         task: The examples.
         normalize: Compare choices by the sum of their log-likelihoods, or by the mean over their tokens.
-        progress: Called with the number of examples done after each block.
         **encoding: Options of `eckart.encoding.encode`: `batch_tokens`, `overlong`, `window`, `stride`.
 
     Returns:
-        One row an example (a window, for perplexity tasks).
+        `accuracy` (and `top5`, `top10` for single-token answers) as fractions, `loss` in nats per token,
+        and for perplexity tasks `perplexity`.
 
     Raises:
         TaskError: The task does not fit the model or its tokenizer.
     """
     encoded = prepare(model, tokenizer, task, **encoding)
-    parts = []
-    for index, block in enumerate(encoded.blocks):
-        parts.append(score_block(model, tokenizer, encoded, index, normalize=normalize))
-        if progress is not None:
-            progress(len(block.examples))
+    return summarize(encoded, score(model, tokenizer, encoded, normalize=normalize))
+
+
+def score(model: nn.Module, tokenizer: Any, encoded: Encoded, *, normalize: Normalize = "none") -> Scores:
+    """Score every example of an encoded task.
+
+    Args:
+        model: As for `evaluate`.
+        tokenizer: Its tokenizer.
+        encoded: From `prepare`.
+        normalize: As for `evaluate`.
+
+    Returns:
+        One row an example (a window, for perplexity tasks).
+    """
+    parts = [
+        score_block(model, tokenizer, encoded, index, normalize=normalize)
+        for index in range(len(encoded.blocks))
+    ]
     return assemble(encoded, parts)
 
 
@@ -107,9 +115,7 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     )
     device = next(model.parameters()).device
     blocks = tuple(block.to(device) for block in encoded.blocks)
-    return Encoded(
-        task, kind, blocks, encoded.count, encoded.tokens, encoded.single_token, encoded.truncated
-    )
+    return Encoded(task, kind, blocks, encoded.count, encoded.tokens, encoded.single_token, encoded.truncated)
 
 
 def score_block(
@@ -198,9 +204,7 @@ def _judge(
     if task.kind == "choice":
         gold = starts + np.array([example.answer for example in examples])
         score = likelihood / lengths if normalize == "tokens" else likelihood
-        picks = [
-            int(np.argmax(score[start : start + count])) for start, count in zip(starts, block.choices)
-        ]
+        picks = [int(np.argmax(score[start : start + count])) for start, count in zip(starts, block.choices)]
         return BlockScores(
             (-likelihood[gold] / lengths[gold]).tolist(),
             [pick == example.answer for pick, example in zip(picks, examples)],
@@ -249,7 +253,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], tokens: i
                 pad_token_id=pad,
             )
         for index, row in zip(indices, out):
-            said[index] = tokenizer.decode(row if whole else row[ids.shape[1] :], skip_special_tokens=True).strip()
+            said[index] = tokenizer.decode(
+                row if whole else row[ids.shape[1] :], skip_special_tokens=True
+            ).strip()
     return said
 
 
@@ -289,11 +295,10 @@ def summarize(encoded: Encoded, scores: Scores) -> dict[str, Measurement]:
 
     Args:
         encoded: The task that was scored.
-        scores: From `evaluate` or `assemble`.
+        scores: From `score` or `assemble`.
 
     Returns:
-        `accuracy` (and `top5`, `top10` for single-token answers) as fractions, `loss` in nats per token,
-        and for perplexity tasks `perplexity`.
+        As `evaluate` does.
     """
     if scores.correct is None:
         tokens = np.array(encoded.tokens)
@@ -338,5 +343,7 @@ def majority_control(chosen_on: Task, measured_on: Task) -> tuple[str, Measureme
     answer = majority_answer(chosen_on)
     if answer is None:
         return None
-    right = np.array([(e.answer if isinstance(answer, int) else e.gold) == answer for e in measured_on.examples])
+    right = np.array(
+        [(e.answer if isinstance(answer, int) else e.gold) == answer for e in measured_on.examples]
+    )
     return (f"choice {answer}" if isinstance(answer, int) else answer), mean(right, "fraction")

@@ -24,7 +24,9 @@ class Edit(_Frozen):
     type: str = Field(description="LASER's word for its place")
     shape: tuple[int, int] = Field(description="(out, in)")
     kind: Literal["low_rank", "zero", "magnitude"] = "low_rank"
-    rho: float = Field(1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)")
+    rho: float = Field(
+        1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
+    )
     rank: int = Field(ge=0, description="components kept; for magnitude the full rank, for zero 0")
     weighting: Literal["none"] = "none"
     basis: Literal["top", "bottom", "random"] = "top"
@@ -40,7 +42,9 @@ class Edit(_Frozen):
         if largest < 1:
             raise ValueError(f"{self.matrix}: shape {self.shape} is empty")
         if (self.kind == "zero") != (self.rank == 0) or self.rank > largest:
-            raise ValueError(f"{self.matrix}: rank {self.rank} does not fit shape {self.shape} and kind '{self.kind}'")
+            raise ValueError(
+                f"{self.matrix}: rank {self.rank} does not fit shape {self.shape} and kind '{self.kind}'"
+            )
         if self.kind != "zero" and self.rho == 0:
             raise ValueError(f"{self.matrix}: rho 0 goes with kind 'zero' only")
         if self.svd == "lowrank" and self.basis != "top":

@@ -21,11 +21,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of every random choice")
-    normalize: Literal["none", "tokens"] = Field("none", description="compare choices by summed or mean log-likelihood")
+    normalize: Literal["none", "tokens"] = Field(
+        "none", description="compare choices by summed or mean log-likelihood"
+    )
     batch_tokens: int = Field(2048, ge=1, description="most tokens in a batch, padding included")
     overlong: Literal["error", "truncate"] = Field("error", description="prompts longer than the context")
-    window: int | None = Field(None, ge=2, description="tokens of a perplexity window; default the context, at most 1024")
-    stride: int | None = Field(None, ge=1, description="tokens by which windows advance; default half a window")
+    window: int | None = Field(
+        None, ge=2, description="tokens of a perplexity window; default the context, at most 1024"
+    )
+    stride: int | None = Field(
+        None, ge=1, description="tokens by which windows advance; default half a window"
+    )
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -37,7 +43,9 @@ class SearchSettings(Settings):
     """What a search can be told."""
 
     types: tuple[str, ...] = Field(("all",), min_length=1, description="types of matrix, or attn, mlp, all")
-    layers: tuple[int, ...] | None = Field(None, min_length=1, description="block indices; negative from the last")
+    layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="block indices; negative from the last"
+    )
     rho: tuple[float, ...] = Field(RHO, min_length=1, description="kept fractions of the largest rank")
     kind: Literal["low_rank", "zero", "magnitude"] = Field("low_rank", description="what replaces a matrix")
     basis: Literal["top", "bottom", "random"] = Field("top", description="singular components that stay")
@@ -83,9 +91,13 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
         try:
             found = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"{recipe} cannot be read: {error}. A recipe is a YAML file. Check it.") from None
+            raise RecipeError(
+                f"{recipe} cannot be read: {error}. A recipe is a YAML file. Check it."
+            ) from None
         if not isinstance(found, dict):
-            raise RecipeError(f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it.")
+            raise RecipeError(
+                f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it."
+            )
     merged = found | {name: value for name, value in given.items() if value is not None}
     try:
         return kind.model_validate(merged)

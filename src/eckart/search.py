@@ -11,11 +11,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -123,7 +122,9 @@ class SearchResult:
             },
             "controls": self.controls,
             "trials": self.facts["trials"],
-            "grid": [{"edit": t.edit.model_dump(mode="json"), "validation": t.validation} for t in self.trials],
+            "grid": [
+                {"edit": t.edit.model_dump(mode="json"), "validation": t.validation} for t in self.trials
+            ],
             "spectrum": self.spectrum,
             "flipped": self.flips,
             "flip_counts": self.flip_counts,
@@ -243,8 +244,73 @@ def search(
                 )
                 scores["random_basis"] = engine.measure(parts["test"], "test", control, matrices)
     return _result(
-        model, source, task, settings, matrices, parts, trials, winner, before, scores, weights, engine, started
+        model,
+        source,
+        task,
+        settings,
+        matrices,
+        parts,
+        trials,
+        winner,
+        before,
+        scores,
+        weights,
+        engine,
+        started,
     )
+
+
+def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSettings) -> dict[str, Any]:
+    """Say what a search would do and how long it would take.
+
+    Runs the unedited model once on the examples that choose and decomposes the smallest chosen matrix; the
+    rest is scaled from that.
+
+    Args:
+        model: As for `search`. Not modified.
+        tokenizer: Its tokenizer.
+        task: The examples.
+        settings: As for `search`.
+
+    Returns:
+        Counts, forecast seconds, and bytes of the weights and of the prefix cache.
+
+    Raises:
+        EckartError: As for `search`.
+    """
+    grid = make_grid(find_matrices(model), settings)
+    validation, test = split(
+        task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.examples
+    )
+    with _inference(model):
+        encoded = prepare(model, tokenizer, validation, **settings.encoding)
+        engine = _Engine(model, tokenizer, settings, Ledger(None, {}))
+        engine.measure(encoded, "validation", None, ())
+        smallest = min((matrix for matrix, _ in grid), key=lambda m: m.shape[0] * m.shape[1])
+        engine._timed("svd", lambda: truncation.decompose(read(model, smallest)))
+        order, _ = _execution_order(model)
+
+    def svd_cost(matrix: Matrix) -> int:
+        return matrix.shape[0] * matrix.shape[1] * matrix.rank
+
+    depths = {path: depth for depth, path in enumerate(order)}
+    shares = [
+        len(edits) * (1 - depths.get(f"{matrix.stack}.{matrix.layer}", 0) / max(1, len(order)))
+        for matrix, edits in grid
+    ]
+    svd = engine.seconds["svd"] * sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
+    item = next(model.parameters()).element_size()
+    tokens = sum(block.inputs["input_ids"].numel() for block in encoded.blocks)
+    config: Any = model.config
+    return {
+        "matrices": len(grid),
+        "edits": sum(len(edits) for _, edits in grid),
+        "validation_examples": encoded.count,
+        "test_examples": len(test.examples),
+        "seconds": round(engine.seconds["forward"] * sum(shares) + svd, 1),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "prefix_cache_bytes": tokens * config.get_text_config().hidden_size * item,
+    }
 
 
 def choose(trials: Sequence[Trial], baseline: Measurements) -> Trial | None:
@@ -295,7 +361,9 @@ class _Engine:
         """Measure every edit of the grid, block by block."""
         baseline = summarize(encoded, self.measure(encoded, "validation", None, matrices))
         order, stacks = _execution_order(self.model)
-        cache = PrefixCache(self.model, [(path, stacks[path]) for path in order], [b.inputs for b in encoded.blocks])
+        cache = PrefixCache(
+            self.model, [(path, stacks[path]) for path in order], [b.inputs for b in encoded.blocks]
+        )
         depths = {path: depth for depth, path in enumerate(order)}
         total = sum(len(edits) for _, edits in grid)
         trials: dict[str, Trial] = {}
@@ -308,7 +376,9 @@ class _Engine:
         exact = True
         for number in by_depth:
             matrix, edits = grid[number]
-            missing = [e for e in edits if len(self.ledger.known("validation", _key(e))) < len(encoded.blocks)]
+            missing = [
+                e for e in edits if len(self.ledger.known("validation", _key(e))) < len(encoded.blocks)
+            ]
             if missing and exact:
                 advanced = cache.depth < depth_of(matrix)
                 while cache.depth < depth_of(matrix):
@@ -506,7 +576,9 @@ def _flips(task: Task, old: Scores, new: Scores) -> tuple[Flip, ...]:
     assert old.correct is not None
     assert new.correct is not None
     found = [
-        Flip(e.prompt, e.gold, old.prediction[i], new.prediction[i], bool(old.correct[i]), bool(new.correct[i]))
+        Flip(
+            e.prompt, e.gold, old.prediction[i], new.prediction[i], bool(old.correct[i]), bool(new.correct[i])
+        )
         for i, e in enumerate(task.examples)
         if old.correct[i] != new.correct[i]
     ]
@@ -533,7 +605,9 @@ def _warnings(parts: dict[str, Encoded], scores: dict[str, Scores], gain: Gain |
                 "its accuracy measures how often that label is right, and says nothing of the model. Compare losses."
             )
     if gain is not None and gain.interval[0] <= 0:
+        low, high = gain.interval
+        verdict = "the test examples contradict it" if high < 0 else "the test examples do not confirm it"
         yield (
-            "The gain in accuracy on the test examples is not distinguishable from zero "
-            f"(95 % interval {gain.interval[0]:+.3f} to {gain.interval[1]:+.3f})."
+            "The winner was better on the examples that chose it, but "
+            f"{verdict}: 95 % interval of the gain in accuracy {low:+.3f} to {high:+.3f}."
         )

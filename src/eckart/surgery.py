@@ -139,7 +139,11 @@ def check_plan(
 
 
 def apply_(
-    model: nn.Module, plan: Plan | Sequence[Edit], matrices: Sequence[Matrix] | None = None, *, force: bool = False
+    model: nn.Module,
+    plan: Plan | Sequence[Edit],
+    matrices: Sequence[Matrix] | None = None,
+    *,
+    force: bool = False,
 ) -> nn.Module:
     """Put a plan's edits into a model, in place.
 
@@ -164,7 +168,11 @@ def apply_(
 
 @contextmanager
 def applied(
-    model: nn.Module, plan: Plan | Sequence[Edit], matrices: Sequence[Matrix] | None = None, *, force: bool = False
+    model: nn.Module,
+    plan: Plan | Sequence[Edit],
+    matrices: Sequence[Matrix] | None = None,
+    *,
+    force: bool = False,
 ) -> Iterator[nn.Module]:
     """Put a plan's edits into a model for a while; on leaving, its weights are what they were, to the bit.
 
@@ -207,7 +215,9 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().flatten()
         for start in range(0, values.numel(), 1 << 24):
-            part = values[start : start + (1 << 24)].to("cpu", torch.promote_types(values.dtype, torch.float32))
+            part = values[start : start + (1 << 24)].to(
+                "cpu", torch.promote_types(values.dtype, torch.float32)
+            )
             digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 

@@ -1,0 +1,336 @@
+"""Models on disk: load them safely, and write folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from eckart.errors import ModelError, OutputError
+from eckart.plan import Plan, write_plan
+
+_MAX_HEADER = 100_000_000  # the safetensors format's own limit
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DTYPES = ("auto", "stored", "float32", "bfloat16", "float16", "float64")
+
+
+def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder or a Hugging Face id.
+
+    Safetensors only: no pickle is opened and no remote code is run. The class is the one that the config
+    names. The network is used only if `source` is an id and not a folder.
+
+    Args:
+        source: A folder, or an id such as `gpt2` or `owner/name`.
+        device: `auto` (CUDA where there is one, else CPU), or a torch device.
+        dtype: `stored`, `auto` (as stored, but on a CPU half precision is widened to float32), or a torch
+            dtype's name.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        ModelError: There is no such model, its files are damaged, pickled or incomplete, or it needs
+            remote code.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
+    where = _device(device)
+    folder = Path(source).expanduser()
+    local = folder.is_dir()
+    if local:
+        check_folder(folder)
+    elif source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
+        raise ModelError(
+            f"{source} is not a folder. MODEL is a folder with config.json and safetensors, or a Hugging Face id "
+            "such as gpt2 or owner/name. Check the path."
+        )
+    name: Any = str(folder) if local else source
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        model = _class_of(config).from_pretrained(
+            name, config=config, dtype=getattr(torch, dtype, "auto"), use_safetensors=True, **options
+        )
+    except ModelError:
+        raise
+    except (
+        Exception
+    ) as error:  # from_pretrained raises OSError, ValueError, RuntimeError and safetensors' own
+        raise ModelError(f"{source} could not be loaded: {_first_line(error)}. {_remedy(local)}") from error
+    if dtype == "auto" and where.type == "cpu":
+        model = model.to(torch.promote_types(model.dtype, torch.float32))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"{source} has no usable tokenizer: {_first_line(error)}. A tokenizer.json lies beside the weights. "
+            "Copy it from where the model came from."
+        ) from error
+    if tokenizer.vocab_size == 0:
+        raise ModelError(
+            f"{source} has no usable tokenizer. A tokenizer.json lies beside the weights. "
+            "Copy it from where the model came from."
+        )
+    return model.to(where).eval(), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"Device '{name}' cannot be used: {_first_line(error)}. Use cpu, cuda or cuda:N. Change --device."
+        ) from None
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the config names, if transformers has it; else the causal model of its type."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _remedy(local: bool) -> str:
+    if local:
+        return "The folder should be as `save_pretrained` writes it. Download it again."
+    return "A hub id needs the network or a filled cache. Check the name and the connection."
+
+
+def check_folder(folder: Path) -> None:
+    """Check a model folder before anything of it is loaded.
+
+    Args:
+        folder: As written by `save_pretrained`.
+
+    Raises:
+        ModelError: No config, no safetensors, pickled weights only, a missing or damaged shard.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} has no config.json. A model folder is as `save_pretrained` writes it. Check the path."
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{index} is damaged: {error}. It maps weights to shards. Download it again."
+            ) from None
+    else:
+        shards = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    if not shards:
+        pickles = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)
+        )
+        if pickles:
+            raise ModelError(
+                f"{folder} holds pickled weights only ({pickles[0]}). eckart reads safetensors and never unpickles, "
+                "since a pickle can run code. If you trust it, convert it once: in Python, "
+                f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained('converted')."
+            )
+        raise ModelError(
+            f"{folder} has no weights. A model folder holds model.safetensors, or shards and their index. "
+            "Download it again."
+        )
+    for shard in shards:
+        check_safetensors(folder / str(shard))
+
+
+def check_safetensors(path: Path) -> None:
+    """Check that a safetensors file is whole: its header is sound and its length is what the header says.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ModelError: It is missing, cut off or damaged.
+    """
+
+    def fail(problem: str) -> ModelError:
+        return ModelError(
+            f"{path} is damaged: {problem}. A safetensors file is a header and its tensors. Download it again."
+        )
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(_MAX_HEADER, size - 8):
+                raise fail(f"its header should have {length} bytes, the file has {size}")
+            header = json.loads(file.read(length))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [entry["data_offsets"][1] for entry in tensors.values()]
+        expected = 8 + length + max(ends, default=0)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing. The index names it. Download it again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise fail(f"its header cannot be read ({_first_line(error)})") from None
+    if size != expected:
+        raise fail(f"it has {size} bytes and should have {expected}")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder that appears whole or not at all.
+
+    Args:
+        target: Must not exist, or be an empty folder.
+
+    Yields:
+        A temporary folder beside `target`, renamed to it on success and removed on failure.
+
+    Raises:
+        OutputError: `target` is not empty, or the disk is full.
+    """
+    check_empty(target)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        temporary.chmod(0o755)
+        if target.is_dir():
+            target.rmdir()
+        temporary.rename(target)
+        _sync(target.parent)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if is_full_disk(error) or (isinstance(error, OSError) and not isinstance(error, OutputError)):
+            raise OutputError(
+                f"{target} could not be written: {_first_line(error)}. Nothing of it was kept. "
+                "Free space there or choose another --out."
+            ) from error
+        raise
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Tell whether an error means that a disk is full, whichever library raised it.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        Whether it does.
+    """
+    numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return (isinstance(error, OSError) and error.errno in numbers) or any(
+        os.strerror(number) in str(error) for number in numbers
+    )
+
+
+def check_empty(target: Path) -> None:
+    """Refuse to write where something is.
+
+    Args:
+        target: A folder to be made.
+
+    Raises:
+        OutputError: It is a file, or a folder that is not empty.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise OutputError(
+            f"{target} is not empty. Results go into a new or empty folder, so that nothing is overwritten. "
+            "Choose another --out, or remove it."
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, plan: Plan | None = None) -> Path:
+    """Write a dense Hugging Face folder that plain transformers loads.
+
+    Args:
+        model: A transformers model. Not modified.
+        folder: Must not exist, or be empty. It appears whole or not at all.
+        tokenizer: Written beside the weights.
+        plan: Written beside the weights as `plan.json`, and told in the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: `folder` is not empty, or cannot be written.
+    """
+    saved: Any = model
+    target = Path(folder)
+    with new_folder(target) as temporary:
+        saved.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if plan is not None:
+            write_plan(temporary / "plan.json", plan)
+            (temporary / "README.md").write_text(model_card(plan), encoding="utf-8")
+    return target
+
+
+def model_card(plan: Plan) -> str:
+    """Describe an edited model for those who find it.
+
+    Args:
+        plan: What was done to it.
+
+    Returns:
+        Markdown with Hugging Face's metadata header.
+    """
+
+    def code(text: Any) -> str:
+        return "`" + re.sub(r"[`|\s]+", " ", str(text)) + "`"
+
+    rows = [
+        f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |"
+        for e in plan.edits
+    ]
+    base = json.dumps(plan.model.source)
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"base_model: {base}",
+            "tags: [eckart, low-rank, laser]",
+            "---",
+            "",
+            "# Edited with eckart",
+            "",
+            f"{code(plan.model.source)} ({code(plan.model.architecture)}) with {len(plan.edits)} of its weight "
+            f"matrices replaced by eckart {plan.made_by.eckart}. `plan.json` holds the plan; "
+            f"SHA-256 of the original weights: {code(plan.model.weights_sha256)}.",
+            "",
+            "| matrix | kind | rho | rank | basis |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

@@ -1,0 +1,401 @@
+"""The command line: reads arguments, shows progress on stderr, prints results on stdout. It decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eckart.errors import EckartError
+
+if TYPE_CHECKING:
+    from eckart.recipe import SearchSettings
+    from eckart.results import Measurement
+    from eckart.search import SearchResult
+    from eckart.tasks import Task
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Low-rank surgery on transformers: find the matrix to cut, prove the gain, ship the model.",
+)
+errors = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+Model = Annotated[str, typer.Argument(help="Folder of the model, or a Hugging Face id.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="New or empty folder for the results.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (stored, float32 on CPU), stored, float32, bfloat16, float16.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of every random choice.  [default: 0]", show_default=False)]
+Recipe = Annotated[Path | None, typer.Option(help="YAML file with the same settings.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print results.json on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept a plan made for other weights.")]
+Normalize = Annotated[str | None, typer.Option(help="Compare choices by 'none' (sum) or 'tokens' (mean).")]
+BatchTokens = Annotated[int | None, typer.Option(help="Most tokens in a batch.  [default: 2048]")]
+Overlong = Annotated[str | None, typer.Option(help="Prompts over the context: 'error' or 'truncate'.")]
+Window = Annotated[int | None, typer.Option(help="Tokens of a perplexity window.")]
+Stride = Annotated[int | None, typer.Option(help="Tokens by which windows advance.")]
+
+
+@app.command()
+def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = False) -> None:
+    """Run the main job on the model that ships with the package: offline, under a minute."""
+    from eckart.recipe import SearchSettings
+    from eckart.tasks import read_task
+
+    folder = Path(str(files("eckart") / "demo"))
+    with _reported(debug):
+        task = read_task(folder / "task.jsonl")
+        errors.print(
+            "A small Llama learned facts about countries from sentences in which the answer was often\n"
+            "replaced by a generic word. Which matrix hides the facts? Trying every cut of every matrix."
+        )
+        found = _search(str(folder), task, out, SearchSettings(), json=json)
+        if not json:
+            _print_questions(found)
+
+
+@app.command()
+def search(
+    model: Model,
+    task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
+    out: Out,
+    types: Annotated[
+        str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
+    rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
+    kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.")] = None,
+    basis: Annotated[str | None, typer.Option(help="Components that stay: top, bottom or random.")] = None,
+    svd: Annotated[str | None, typer.Option(help="exact, or lowrank to mimic the LASER reference.")] = None,
+    niter: Annotated[int | None, typer.Option(help="Subspace iterations of --svd lowrank.")] = None,
+    split: Annotated[
+        float | None, typer.Option(help="Share of the examples that choose.  [default: 0.2]")
+    ] = None,
+    shuffle: Annotated[bool | None, typer.Option(help="Shuffle the examples first.")] = None,
+    examples: Annotated[int | None, typer.Option(help="At most this many examples choose.")] = None,
+    normalize: Normalize = None,
+    batch_tokens: BatchTokens = None,
+    overlong: Overlong = None,
+    window: Window = None,
+    stride: Stride = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    recipe: Recipe = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the grid and a forecast; search nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the matrix whose cut helps most at a task; validation chooses, test proves."""
+    from eckart.recipe import SearchSettings, make_settings
+    from eckart.run import forecast_search
+    from eckart.tasks import read_task
+
+    with _reported(debug, resume=True):
+        given: dict[str, Any] = {
+            "types": _words(types),
+            "layers": _integers(layers),
+            "rho": _numbers(rho),
+            "kind": kind,
+            "basis": basis,
+            "svd": svd,
+            "niter": niter,
+            "split": split,
+            "shuffle": shuffle,
+            "examples": examples,
+            "seed": seed,
+            "normalize": normalize,
+            "batch_tokens": batch_tokens,
+            "overlong": overlong,
+            "window": window,
+            "stride": stride,
+        }
+        settings = make_settings(SearchSettings, given, recipe)
+        examples_read = read_task(task)
+        if dry_run:
+            _print_forecast(forecast_search(model, examples_read, settings, device=device, dtype=dtype), json)
+            return
+        _search(model, examples_read, out, settings, json=json, device=device, dtype=dtype)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[list[Path] | None, typer.Option(help="JSON Lines file; may be given again.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text file for perplexity; may be given again.")
+    ] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Plan to measure; may be given again.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New or empty folder for results and report.")] = None,
+    normalize: Normalize = None,
+    batch_tokens: BatchTokens = None,
+    overlong: Overlong = None,
+    window: Window = None,
+    stride: Stride = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    recipe: Recipe = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure accuracy, loss and perplexity, unedited and under each plan, with standard errors."""
+    from eckart.recipe import Settings, make_settings
+    from eckart.results import to_json
+    from eckart.run import run_evaluate
+    from eckart.tasks import read_task, read_text
+
+    with _reported(debug):
+        if not task and not text:
+            raise typer.BadParameter("give at least one --task or --text")
+        given = {
+            "seed": seed,
+            "normalize": normalize,
+            "batch_tokens": batch_tokens,
+            "overlong": overlong,
+            "window": window,
+            "stride": stride,
+        }
+        settings = make_settings(Settings, given, recipe)
+        tasks = [read_task(path) for path in task or ()] + [read_text(path) for path in text or ()]
+        results = run_evaluate(
+            model,
+            plan or [],
+            tasks,
+            out,
+            settings,
+            device=device,
+            dtype=dtype,
+            force=force,
+            progress=lambda line: errors.print(f"measuring {escape(line)}"),
+        )
+        if json:
+            sys.stdout.write(to_json(results))
+            return
+        table = Table("plan", "task", "accuracy", "loss", "perplexity")
+        for row in results["rows"]:
+            found = row["measurements"]
+            cells = (_number(found.get(name)) for name in ("accuracy", "loss", "perplexity"))
+            table.add_row(escape(row["plan"]), escape(row["task"]), *cells)
+        output.print(table)
+        for warning in results["warnings"]:
+            errors.print(f"[yellow]note:[/] {escape(warning)}")
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="plan.json, or the folder of a run.", show_default=False)],
+    out: Out,
+    dense: Annotated[bool, typer.Option("--dense", help="Write an ordinary Hugging Face folder.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "stored",
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model that a plan describes, to OUT/model."""
+    with _reported(debug):
+        if not dense:
+            raise typer.BadParameter("this version writes dense checkpoints: add --dense")
+        from eckart.run import run_apply
+
+        folder = run_apply(model, plan, out, device=device, dtype=dtype, force=force)
+        output.print(f"Wrote {escape(str(folder))}, which plain transformers loads.")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Draw report.html again from results.json alone."""
+    from eckart.report import write_report
+
+    with _reported(debug):
+        output.print(escape(str(write_report(run))))
+
+
+def main() -> None:
+    """Run the command line (the `eckart` program)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()
+
+
+@contextmanager
+def _reported(debug: bool, resume: bool = False) -> Iterator[None]:
+    """Turn errors into one message and an exit status: 1 bad input, 130 interrupted."""
+    _silence_transformers()
+    try:
+        yield
+    except EckartError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("\nInterrupted.", end=" ")
+        if resume:
+            errors.print("Nothing measured is lost. To go on, give the same command again:")
+            errors.print(f"  {escape(shlex.join(['eckart', *sys.argv[1:]]))}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _search(
+    model: str,
+    task: Task,
+    out: Path,
+    settings: SearchSettings,
+    *,
+    json: bool,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> SearchResult:
+    from eckart.results import to_json
+    from eckart.run import open_run, run_search
+
+    if open_run(out):
+        errors.print(f"Resuming the unfinished search in {escape(str(out))}.")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}"),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        line = bar.add_task("loading", total=None, best="")
+
+        def show(now: Any) -> None:
+            best = f"best so far: {_describe(now.best)}" if now.best else ""
+            bar.update(line, description=now.stage, completed=now.done, total=now.total, best=escape(best))
+
+        found = run_search(model, task, out, settings, device=device, dtype=dtype, progress=show)
+    if json:
+        sys.stdout.write(to_json(found.to_results()))
+    else:
+        _print_search(found, out)
+    return found
+
+
+def _describe(trial: Any) -> str:
+    edit = trial.edit
+    name = "accuracy" if "accuracy" in trial.validation else "loss"
+    place = f"layer {edit.layer}" if edit.layer is not None else edit.matrix
+    return f"{edit.type}, {place}, ρ {edit.rho:g}: {name} {trial.validation[name].value:.3f}"
+
+
+def _print_search(found: SearchResult, out: Path) -> None:
+    task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
+    output.print(
+        f"\nTried {trials['evaluated']} edits on {task['validation']} examples in {seconds['total']:.1f} s; "
+        f"the other {task['test']} examples prove."
+    )
+    if found.plan.edits:
+        edit = found.plan.edits[0]
+        what = (
+            f"rank {edit.rank} of {min(edit.shape)} (ρ {edit.rho:g})"
+            if edit.kind == "low_rank"
+            else edit.kind
+        )
+        output.print(f"Best edit: [bold]{escape(edit.matrix)}[/] ({edit.type}) to {what}\n")
+    else:
+        output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
+    table = Table("", "unedited", "edited", "gain on test, 95 % interval", title="Test examples")
+    rows = {"accuracy": found.gain, "loss": found.loss_gain, "perplexity": None, "top5": None}
+    for name, gain in rows.items():
+        if name in found.baseline["test"]:
+            after = _number(found.best["test"][name]) if found.plan.edits else "–"
+            table.add_row(name, _number(found.baseline["test"][name]), after, _gain(gain))
+    for name, control in found.controls.items():
+        table.add_row(
+            f"control: {name.replace('_', ' ')}", "", _number(control.get("accuracy") or control["loss"]), ""
+        )
+    output.print(table)
+    for warning in found.warnings:
+        errors.print(f"[yellow]note:[/] {escape(warning)}")
+    output.print(f"\nReport: {escape(str(out / 'report.html'))}   Plan: {escape(str(out / 'plan.json'))}")
+
+
+def _print_questions(found: SearchResult) -> None:
+    gained = [flip for flip in found.flips if flip.correct_after]
+    table = Table("question", "unedited", "edited", title="Five of the test questions")
+    step = max(1, len(gained) // 5)
+    for flip in gained[::step][:5]:
+        table.add_row(escape(flip.prompt), escape(flip.before), f"[bold]{escape(flip.after)}[/]")
+    output.print(table)
+
+
+def _print_forecast(forecast: dict[str, Any], json: bool) -> None:
+    from eckart.results import to_json
+
+    if json:
+        sys.stdout.write(to_json(forecast))
+        return
+    for name, value in forecast.items():
+        output.print(f"{name:>20}  {escape(str(value))}")
+
+
+def _number(found: Measurement | None) -> str:
+    return "" if found is None else f"{found.value:.4g} ± {found.stderr:.2g}"
+
+
+def _gain(gain: Any) -> str:
+    if gain is None:
+        return ""
+    chance = "" if gain.p_value is None else f", p = {gain.p_value:.2g}"
+    return f"{gain.value:+.4g} ({gain.interval[0]:+.3g} to {gain.interval[1]:+.3g}{chance})"
+
+
+def _words(text: str | None) -> Sequence[str] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _integers(text: str | None) -> Sequence[int] | None:
+    if text is None:
+        return None
+    found: list[int] = []
+    for word in _words(text) or ():
+        first, dash, last = word[1:].partition("-")
+        try:
+            found.extend(range(int(word[0] + first), int(last) + 1) if dash else [int(word)])
+        except ValueError:
+            raise typer.BadParameter(f"layers are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
+    return tuple(found)
+
+
+def _numbers(text: str | None) -> Sequence[float] | None:
+    try:
+        return None if text is None else tuple(float(word) for word in _words(text) or ())
+    except ValueError:
+        raise typer.BadParameter(f"rho is a list of numbers such as 0.01,0.1, not '{text}'") from None
+
+
+if __name__ == "__main__":
+    main()

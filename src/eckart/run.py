@@ -1,0 +1,242 @@
+"""A run's folder: made, resumed, and filled so that results.json is there only when all the rest is."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eckart.checkpoint import check_empty, load, save
+from eckart.errors import OutputError
+from eckart.evaluate import constant_answer, prepare, score, summarize
+from eckart.ledger import Ledger
+from eckart.matrices import find_matrices
+from eckart.plan import read_plan, write_plan
+from eckart.recipe import SearchSettings, Settings, write_recipe
+from eckart.report import render
+from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
+from eckart.search import Progress, SearchResult, forecast, search
+from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
+from eckart.tasks import Task
+
+LEDGER = "trials.sqlite"
+
+
+def open_run(out: Path) -> bool:
+    """Make a run's folder, or find that it holds an unfinished one.
+
+    Args:
+        out: The folder.
+
+    Returns:
+        Whether an unfinished search lies there.
+
+    Raises:
+        OutputError: It holds something else, or cannot be made.
+    """
+    if (out / LEDGER).is_file() and not (out / "results.json").exists():
+        return True
+    check_empty(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} could not be made: {error.strerror}. Choose another --out.") from error
+    return False
+
+
+def run_search(
+    source: str,
+    task: Task,
+    out: Path,
+    settings: SearchSettings,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[Progress], None] | None = None,
+) -> SearchResult:
+    """Search, and write `plan.json`, `results.json`, `trials.sqlite`, `recipe.yaml` and `report.html`.
+
+    Args:
+        source: Folder or hub id of the model.
+        task: The examples.
+        out: The run's folder: new, empty, or holding an unfinished search with the same settings.
+        settings: The search's settings.
+        device: As for `eckart.load`.
+        dtype: As for `eckart.load`.
+        progress: As for `eckart.search`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        EckartError: Bad input; an empty folder made for the run is removed again.
+    """
+    resumed = open_run(out)
+    books: list[Ledger] = []
+
+    def ledger(fingerprint: dict[str, str]) -> Ledger:
+        books.append(Ledger(out / LEDGER, fingerprint))
+        return books[0]
+
+    try:
+        model, tokenizer = load(source, device=device, dtype=dtype)
+        found = search(model, tokenizer, task, settings, source=source, ledger=ledger, progress=progress)
+    except BaseException:
+        if not books and not resumed and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    finally:
+        for book in books:
+            _close(book)
+    write_plan(out / "plan.json", found.plan)
+    write_text(out / "recipe.yaml", write_recipe(settings))
+    _finish(out, found.to_results())
+    return found
+
+
+def run_evaluate(
+    source: str,
+    plans: list[Path],
+    tasks: list[Task],
+    out: Path | None,
+    settings: Settings,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a model, unedited and under each plan, on each task.
+
+    Args:
+        source: Folder or hub id of the model.
+        plans: Plan files; the unedited model is always measured too.
+        tasks: At least one.
+        out: Folder for `results.json` and `report.html`, new or empty; None writes nothing.
+        settings: How examples are scored.
+        device: As for `eckart.load`.
+        dtype: As for `eckart.load`.
+        force: Accept plans made for other weights.
+        progress: Called with a line before each measurement.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        EckartError: Bad input.
+    """
+    if out is not None:
+        check_empty(out)
+    read = {str(path): read_plan(path) for path in plans}
+    model, tokenizer = load(source, device=device, dtype=dtype)
+    check_finite(model)
+    matrices = find_matrices(model)
+    for plan in read.values():
+        check_plan(model, plan, matrices, force=force)
+    encoded = [prepare(model, tokenizer, task, **settings.encoding) for task in tasks]
+    rows, warnings = [], []
+    for name, edits in [("none", []), *((name, plan.edits) for name, plan in read.items())]:
+        with applied(model, edits, matrices):
+            for task, part in zip(tasks, encoded):
+                if progress is not None:
+                    progress(f"{task.name}, plan {name}")
+                scores = score(model, tokenizer, part, normalize=settings.normalize)
+                rows.append({"plan": name, "task": task.name, "measurements": summarize(part, scores)})
+                constant = constant_answer(scores)
+                if constant:
+                    warnings.append(
+                        f"{task.name}, plan {name}: the answer is {constant[0]!r} on {100 * constant[1]:.0f} % of the "
+                        "examples, so accuracy measures how often that label is right. Compare losses."
+                    )
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "evaluate",
+        "model": {
+            "source": source,
+            "architecture": type(model).__name__,
+            "weights_sha256": weights_sha256(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "rows": rows,
+        "warnings": warnings,
+        "environment": environment(),
+        "recipe": settings.model_dump(mode="json"),
+    }
+    if out is not None:
+        open_run(out)
+        _finish(out, results)
+    return results
+
+
+def run_apply(
+    source: str,
+    plan_path: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "stored",
+    force: bool = False,
+) -> Path:
+    """Write the dense model that a plan describes to `out/model`.
+
+    Args:
+        source: Folder or hub id of the model that the plan was made for.
+        plan_path: The plan's file, or the folder of a run.
+        out: Folder to hold `model/`, which must not be there yet or be empty.
+        device: As for `eckart.load`.
+        dtype: As for `eckart.load`.
+        force: Accept a plan made for other weights.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        EckartError: Bad input, or the folder cannot be written; nothing is left of it then.
+    """
+    folder = out / "model"
+    check_empty(folder)
+    plan = read_plan(plan_path)
+    model, tokenizer = load(source, device=device, dtype=dtype)
+    check_finite(model)
+    apply_(model, plan, force=force)
+    return save(model, folder, tokenizer, plan)
+
+
+def forecast_search(
+    source: str, task: Task, settings: SearchSettings, *, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Say what a search would do and how long it would take, from one pass and one decomposition.
+
+    Args:
+        source: Folder or hub id of the model.
+        task: The examples.
+        settings: The search's settings.
+        device: As for `eckart.load`.
+        dtype: As for `eckart.load`.
+
+    Returns:
+        Edits, matrices, examples, forecast seconds, and bytes of weights and of the prefix cache.
+
+    Raises:
+        EckartError: Bad input.
+    """
+    model, tokenizer = load(source, device=device, dtype=dtype)
+    check_finite(model)
+    return forecast(model, tokenizer, task, settings)
+
+
+def _finish(out: Path, results: dict[str, Any]) -> None:
+    """Write the report, then the results: a folder with results.json is a finished run."""
+    text = to_json(results)
+    write_text(out / "report.html", render(json.loads(text)))
+    write_text(out / "results.json", text)
+
+
+def _close(book: Ledger) -> None:
+    try:
+        book.close()
+    except sqlite3.Error:
+        # The write-ahead log stays beside the file and is read when the run resumes.
+        return

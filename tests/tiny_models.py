@@ -115,9 +115,7 @@ MODELS: dict[str, tuple[type, object]] = {
     ),
     "decision_transformer": (
         tf.DecisionTransformerModel,
-        tf.DecisionTransformerConfig(
-            state_dim=5, act_dim=3, hidden_size=32, n_layer=3, n_head=4, max_ep_len=64
-        ),
+        tf.DecisionTransformerConfig(state_dim=5, act_dim=3, hidden_size=32, n_layer=3, n_head=4, max_ep_len=64),
     ),
     "bloom": (
         tf.BloomForCausalLM,
@@ -132,7 +130,10 @@ MODELS: dict[str, tuple[type, object]] = {
         tf.GptOssConfig(**_GATED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
     ),
 }
-CAUSAL = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "gptj", "gpt_neox", "falcon", "falcon_rw", "falcon_grouped", "mixtral", "qwen3_moe", "bloom", "opt", "gpt_oss"]
+CAUSAL = """
+    llama qwen3 mistral gemma2 gemma3 phi3 gpt2 gptj gpt_neox falcon falcon_rw falcon_grouped mixtral qwen3_moe bloom
+    opt gpt_oss
+""".split()  # noqa: SIM905 - easier to read
 MASKED = ["bert", "roberta"]
 ENCODER_DECODER = ["t5", "t5_gated"]
 
@@ -148,9 +149,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             else:
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
-                )
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     return model
 
 

@@ -41,7 +41,7 @@ _HOMES = {
     "read_task": "tasks",
     "read_text": "tasks",
 }
-__all__ = list(_HOMES)
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from eckart.checkpoint import load as load

@@ -66,9 +66,7 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any
         )
     except ModelError:
         raise
-    except (
-        Exception
-    ) as error:  # from_pretrained raises OSError, ValueError, RuntimeError and safetensors' own
+    except Exception as error:  # from_pretrained raises OSError, ValueError, RuntimeError and safetensors' own
         raise ModelError(f"{source} could not be loaded: {_first_line(error)}. {_remedy(local)}") from error
     if dtype == "auto" and where.type == "cpu":
         model = model.to(torch.promote_types(model.dtype, torch.float32))
@@ -135,15 +133,11 @@ def check_folder(folder: Path) -> None:
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{index} is damaged: {error}. It maps weights to shards. Download it again."
-            ) from None
+            raise ModelError(f"{index} is damaged: {error}. It maps weights to shards. Download it again.") from None
     else:
         shards = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
     if not shards:
-        pickles = sorted(
-            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)
-        )
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
             raise ModelError(
                 f"{folder} holds pickled weights only ({pickles[0]}). eckart reads safetensors and never unpickles, "
@@ -309,10 +303,7 @@ def model_card(plan: Plan) -> str:
     def code(text: Any) -> str:
         return "`" + re.sub(r"[`|\s]+", " ", str(text)) + "`"
 
-    rows = [
-        f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |"
-        for e in plan.edits
-    ]
+    rows = [f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |" for e in plan.edits]
     base = json.dumps(plan.model.source)
     return "\n".join(
         [

@@ -38,9 +38,7 @@ output = Console(highlight=False)
 Model = Annotated[str, typer.Argument(help="Folder of the model, or a Hugging Face id.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="New or empty folder for the results.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto (stored, float32 on CPU), stored, float32, bfloat16, float16.")
-]
+Dtype = Annotated[str, typer.Option(help="auto (stored, float32 on CPU), stored, float32, bfloat16, float16.")]
 Seed = Annotated[int | None, typer.Option(help="Of every random choice.  [default: 0]", show_default=False)]
 Recipe = Annotated[Path | None, typer.Option(help="YAML file with the same settings.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print results.json on stdout.")]
@@ -76,18 +74,14 @@ def search(
     model: Model,
     task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
-    types: Annotated[
-        str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")
-    ] = None,
+    types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
     kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.")] = None,
     basis: Annotated[str | None, typer.Option(help="Components that stay: top, bottom or random.")] = None,
     svd: Annotated[str | None, typer.Option(help="exact, or lowrank to mimic the LASER reference.")] = None,
     niter: Annotated[int | None, typer.Option(help="Subspace iterations of --svd lowrank.")] = None,
-    split: Annotated[
-        float | None, typer.Option(help="Share of the examples that choose.  [default: 0.2]")
-    ] = None,
+    split: Annotated[float | None, typer.Option(help="Share of the examples that choose.  [default: 0.2]")] = None,
     shuffle: Annotated[bool | None, typer.Option(help="Shuffle the examples first.")] = None,
     examples: Annotated[int | None, typer.Option(help="At most this many examples choose.")] = None,
     normalize: Normalize = None,
@@ -99,9 +93,7 @@ def search(
     dtype: Dtype = "auto",
     seed: Seed = None,
     recipe: Recipe = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the grid and a forecast; search nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and a forecast; search nothing.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -141,9 +133,7 @@ def search(
 def evaluate(
     model: Model,
     task: Annotated[list[Path] | None, typer.Option(help="JSON Lines file; may be given again.")] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Text file for perplexity; may be given again.")
-    ] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text file for perplexity; may be given again.")] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="Plan to measure; may be given again.")] = None,
     out: Annotated[Path | None, typer.Option(help="New or empty folder for results and report.")] = None,
     normalize: Normalize = None,
@@ -319,11 +309,7 @@ def _print_search(found: SearchResult, out: Path) -> None:
     )
     if found.plan.edits:
         edit = found.plan.edits[0]
-        what = (
-            f"rank {edit.rank} of {min(edit.shape)} (ρ {edit.rho:g})"
-            if edit.kind == "low_rank"
-            else edit.kind
-        )
+        what = f"rank {edit.rank} of {min(edit.shape)} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
         output.print(f"Best edit: [bold]{escape(edit.matrix)}[/] ({edit.type}) to {what}\n")
     else:
         output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
@@ -334,9 +320,7 @@ def _print_search(found: SearchResult, out: Path) -> None:
             after = _number(found.best["test"][name]) if found.plan.edits else "–"
             table.add_row(name, _number(found.baseline["test"][name]), after, _gain(gain))
     for name, control in found.controls.items():
-        table.add_row(
-            f"control: {name.replace('_', ' ')}", "", _number(control.get("accuracy") or control["loss"]), ""
-        )
+        table.add_row(f"control: {name.replace('_', ' ')}", "", _number(control.get("accuracy") or control["loss"]), "")
     output.print(table)
     for warning in found.warnings:
         errors.print(f"[yellow]note:[/] {escape(warning)}")

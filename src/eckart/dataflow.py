@@ -101,9 +101,7 @@ class _Recorder(TorchFunctionMode):
             first, second = _factors(name, args, kwargs)
             for kind, key in self.sources(first):
                 if kind == "softmax" and key in self.softmaxes:
-                    query, keys = self.scores[
-                        next(k for s, k in self.sources(self.softmaxes[key]) if s == "scores")
-                    ]
+                    query, keys = self.scores[next(k for s, k in self.sources(self.softmaxes[key]) if s == "scores")]
                     self.attentions.append(_Attention(query, keys, second))
                     return self.leaf(result, ATTENTION, "")
             index = str(len(self.scores))
@@ -266,9 +264,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _blocks_cut(
-    model: nn.Module, blocks: Iterable[str], recorder: _Recorder, order: dict[str, None]
-) -> Iterator[None]:
+def _blocks_cut(model: nn.Module, blocks: Iterable[str], recorder: _Recorder, order: dict[str, None]) -> Iterator[None]:
     """Make every tensor that enters a block a labelled leaf, and note the order of execution."""
 
     def cut(value: Any) -> Any:
@@ -283,9 +279,7 @@ def _blocks_cut(
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in blocks
-    ]
+    handles = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in blocks]
     try:
         yield
     finally:
@@ -329,9 +323,7 @@ def _classify(recorder: _Recorder) -> dict[str, Use]:
     return {name: Use(transposed[name], _disjoint(found)) for name, found in parts.items()}
 
 
-def _classify_first_half(
-    second: _Product, feeding: list[_Product], parts: dict[str, dict[str, Tensor]]
-) -> None:
+def _classify_first_half(second: _Product, feeding: list[_Product], parts: dict[str, dict[str, Tensor]]) -> None:
     """Tell gate from up: the product is linear in `up`, and curved in what goes through the activation."""
     width = second.operand.shape[-1]
     for product in feeding:

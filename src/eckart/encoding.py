@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import ModelError, TaskError
+from eckart.matrices import output_embeddings
 from eckart.tasks import Task
 
 ModelKind = Literal["causal", "masked", "encoder_decoder"]
@@ -72,9 +73,7 @@ class Block:
     def to(self, device: torch.device) -> Block:
         """Move every tensor to a device."""
         moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        fields = [
-            getattr(self, name).to(device) for name in ("rows", "columns", "position", "target", "sequence")
-        ]
+        fields = [getattr(self, name).to(device) for name in ("rows", "columns", "position", "target", "sequence")]
         return Block(self.examples, self.choices, moved, *fields)
 
 
@@ -109,7 +108,7 @@ def model_kind(model: nn.Module, tokenizer: Any) -> ModelKind:
         ModelError: The model gives no logits over a vocabulary, or looks ahead and has no mask token.
     """
     config: Any = model.config
-    if getattr(model, "main_input_name", "input_ids") != "input_ids" or not _has_head(model):
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or output_embeddings(model) is None:
         raise ModelError(
             f"{type(model).__name__} does not predict tokens. Tasks need a language model: causal, masked or "
             "encoder-decoder. Load the checkpoint with its language-model head."
@@ -130,10 +129,6 @@ def model_kind(model: nn.Module, tokenizer: Any) -> ModelKind:
     return "masked"
 
 
-def _has_head(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "get_output_embeddings", lambda: None)(), nn.Module)
-
-
 def context_length(model: nn.Module, tokenizer: Any) -> int | None:
     """Give the longest input in tokens that a model accepts.
 
@@ -144,7 +139,8 @@ def context_length(model: nn.Module, tokenizer: Any) -> int | None:
     Returns:
         A number of tokens, or None where neither states one.
     """
-    config: Any = model.config.get_text_config()
+    config: Any = model.config
+    config = config.get_text_config()
     stated = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
     # Tokenizers without a limit state 1e30.
     lengths = [n for n in (*stated, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
@@ -282,9 +278,7 @@ def _causal(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Sequence_]
         if start == 0 and beginning is not None:
             ids = [beginning, *ids]
         start = max(start, 1)
-        found.append(
-            Sequence_(Row(tuple(ids[:-1])), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:]))
-        )
+        found.append(Sequence_(Row(tuple(ids[:-1])), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:])))
     return found
 
 
@@ -317,7 +311,8 @@ def _windows(
     window = window or min(context or 1024, 1024)
     if context is not None and window > context:
         raise TaskError(
-            f"A window of {window} tokens does not fit the model. Its context is {context} tokens. Use a shorter window."
+            f"A window of {window} tokens does not fit the model. Its context is {context} tokens. "
+            "Use a shorter window."
         )
     stride = stride or max(1, window // 2)
     if not 1 <= stride <= window or window < 2:
@@ -331,14 +326,10 @@ def _windows(
         while scored < len(ids):
             end = min(start + window, len(ids))
             positions = range(scored - start - 1, end - start - 1)
-            found.append(
-                Sequence_(Row(tuple(ids[start : end - 1])), tuple(positions), tuple(ids[scored:end]))
-            )
+            found.append(Sequence_(Row(tuple(ids[start : end - 1])), tuple(positions), tuple(ids[scored:end])))
             start, scored = min(start + stride, end - 1), end
     if not found:
-        raise TaskError(
-            f"No text of {task.name} has two tokens. Perplexity needs at least two. Use longer texts."
-        )
+        raise TaskError(f"No text of {task.name} has two tokens. Perplexity needs at least two. Use longer texts.")
     return found
 
 
@@ -375,9 +366,7 @@ def _truncate(task: Task, sequence: Sequence_, excess: int) -> Sequence_:
     if excess <= 0:
         return sequence
     if sequence.row.decoder_ids:
-        return Sequence_(
-            Row(sequence.row.ids[excess:], sequence.row.decoder_ids), sequence.positions, sequence.targets
-        )
+        return Sequence_(Row(sequence.row.ids[excess:], sequence.row.decoder_ids), sequence.positions, sequence.targets)
     positions = tuple(position - excess for position in sequence.positions)
     if positions[0] < 0:
         raise TaskError(

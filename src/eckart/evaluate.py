@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eckart.encoding import Block, Encoded, context_length, encode, model_kind, prompt_tokens
+from eckart.matrices import output_embeddings
 from eckart.results import Measurement, mean, perplexity
 from eckart.tasks import Task, majority_answer
 
@@ -86,10 +87,7 @@ def score(model: nn.Module, tokenizer: Any, encoded: Encoded, *, normalize: Norm
     Returns:
         One row an example (a window, for perplexity tasks).
     """
-    parts = [
-        score_block(model, tokenizer, encoded, index, normalize=normalize)
-        for index in range(len(encoded.blocks))
-    ]
+    parts = [score_block(model, tokenizer, encoded, index, normalize=normalize) for index in range(len(encoded.blocks))]
     return assemble(encoded, parts)
 
 
@@ -110,9 +108,7 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     """
     kind = model_kind(model, tokenizer)
     start = getattr(model.config, "decoder_start_token_id", None) or 0
-    encoded = encode(
-        task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding
-    )
+    encoded = encode(task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding)
     device = next(model.parameters()).device
     blocks = tuple(block.to(device) for block in encoded.blocks)
     return Encoded(task, kind, blocks, encoded.count, encoded.tokens, encoded.single_token, encoded.truncated)
@@ -162,7 +158,8 @@ def only_positions(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[
     Yields:
         A function that takes the model's output to logits of shape (p, vocabulary).
     """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_embeddings(model)
+    assert head is not None
     handle = head.register_forward_pre_hook(lambda _module, args: (args[0][rows, columns][None], *args[1:]))
     try:
         yield lambda output: output.logits[0]
@@ -253,9 +250,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], tokens: i
                 pad_token_id=pad,
             )
         for index, row in zip(indices, out):
-            said[index] = tokenizer.decode(
-                row if whole else row[ids.shape[1] :], skip_special_tokens=True
-            ).strip()
+            said[index] = tokenizer.decode(row if whole else row[ids.shape[1] :], skip_special_tokens=True).strip()
     return said
 
 
@@ -343,7 +338,5 @@ def majority_control(chosen_on: Task, measured_on: Task) -> tuple[str, Measureme
     answer = majority_answer(chosen_on)
     if answer is None:
         return None
-    right = np.array(
-        [(e.answer if isinstance(answer, int) else e.gold) == answer for e in measured_on.examples]
-    )
+    right = np.array([(e.answer if isinstance(answer, int) else e.gold) == answer for e in measured_on.examples])
     return (f"choice {answer}" if isinstance(answer, int) else answer), mean(right, "fraction")

@@ -67,9 +67,7 @@ class Ledger:
         Returns:
             Block index -> scores.
         """
-        rows = self._connection.execute(
-            "SELECT block, scores FROM trials WHERE part = ? AND edit = ?", (part, edit)
-        )
+        rows = self._connection.execute("SELECT block, scores FROM trials WHERE part = ? AND edit = ?", (part, edit))
         return {block: BlockScores(**json.loads(scores)) for block, scores in rows}
 
     def add(self, part: str, edit: str, scores: dict[int, BlockScores]) -> None:

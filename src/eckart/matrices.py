@@ -121,6 +121,19 @@ def find_blocks(model: nn.Module) -> list[tuple[str, str, int]]:
     return blocks
 
 
+def output_embeddings(model: Any) -> nn.Module | None:
+    """Give the module that projects onto the vocabulary.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The module, or None where the model has none.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Module) else None
+
+
 def _embedding_parameters(model: nn.Module) -> set[str]:
     """Names of parameters that are an embedding table, the output head, or tied to one."""
     tables = {
@@ -129,8 +142,8 @@ def _embedding_parameters(model: nn.Module) -> set[str]:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if isinstance(head, nn.Module):
+    head = output_embeddings(model)
+    if head is not None:
         tables |= {id(parameter) for parameter in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
 
@@ -176,9 +189,7 @@ def _matrices_of(
         everything = parts | ({"other": rest.nonzero().flatten()} if rest.any() else {})
         for kind, rows in everything.items():
             ranges = _as_ranges(rows.tolist())
-            found.append(
-                Matrix(f"{name}:{kind}", parameter_name, (len(rows), into), type=kind, rows=ranges, **place)
-            )
+            found.append(Matrix(f"{name}:{kind}", parameter_name, (len(rows), into), type=kind, rows=ranges, **place))
     return found
 
 
@@ -261,8 +272,7 @@ def select(
     for word in types:
         if not expand_types([word]) & present:
             raise MatrixError(
-                f"This model has no matrix of type '{word}'. It has {', '.join(sorted(present))}. "
-                "Change --types."
+                f"This model has no matrix of type '{word}'. It has {', '.join(sorted(present))}. Change --types."
             )
     chosen = tuple(matrix for matrix in matrices if matrix.type in wanted)
     if layers is None:
@@ -281,8 +291,7 @@ def select(
     chosen = tuple(
         matrix
         for matrix in chosen
-        if matrix.layer is not None
-        and (matrix.layer in layers or matrix.layer - counts[matrix.stack] in layers)
+        if matrix.layer is not None and (matrix.layer in layers or matrix.layer - counts[matrix.stack] in layers)
     )
     if not chosen:
         raise MatrixError(
@@ -354,9 +363,7 @@ def read(model: nn.Module, matrix: Matrix) -> Tensor:
     """
     view = _view(model, matrix)
     return (
-        view.clone(memory_format=torch.contiguous_format)
-        if matrix.rows is None
-        else view[_index(matrix)].contiguous()
+        view.clone(memory_format=torch.contiguous_format) if matrix.rows is None else view[_index(matrix)].contiguous()
     )
 
 

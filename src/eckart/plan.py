@@ -25,16 +25,16 @@ class Edit(_Frozen):
     shape: tuple[int, int] = Field(description="(out, in)")
     kind: Literal["low_rank", "zero", "magnitude"] = "low_rank"
     rho: float = Field(
-        1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
+        default=1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
     )
     rank: int = Field(ge=0, description="components kept; for magnitude the full rank, for zero 0")
     weighting: Literal["none"] = "none"
     basis: Literal["top", "bottom", "random"] = "top"
     blocks: Literal[1] = 1
-    svd: Literal["exact", "lowrank"] = Field("exact", description="'lowrank' mimics the LASER reference")
-    niter: int = Field(2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
-    seed: int = Field(0, ge=0, description="of basis 'random' and svd 'lowrank'")
-    stack: str = Field("", description="path of the list of blocks the matrix lies in")
+    svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
+    niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
+    seed: int = Field(default=0, ge=0, description="of basis 'random' and svd 'lowrank'")
+    stack: str = Field(default="", description="path of the list of blocks the matrix lies in")
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Edit:
@@ -42,9 +42,7 @@ class Edit(_Frozen):
         if largest < 1:
             raise ValueError(f"{self.matrix}: shape {self.shape} is empty")
         if (self.kind == "zero") != (self.rank == 0) or self.rank > largest:
-            raise ValueError(
-                f"{self.matrix}: rank {self.rank} does not fit shape {self.shape} and kind '{self.kind}'"
-            )
+            raise ValueError(f"{self.matrix}: rank {self.rank} does not fit shape {self.shape} and kind '{self.kind}'")
         if self.kind != "zero" and self.rho == 0:
             raise ValueError(f"{self.matrix}: rho 0 goes with kind 'zero' only")
         if self.svd == "lowrank" and self.basis != "top":
@@ -99,9 +97,7 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     path = path / "plan.json" if path.is_dir() else path
     if not path.is_file():
-        raise PlanError(
-            f"{path} does not exist. A plan is a JSON file written by eckart search. Check the path."
-        )
+        raise PlanError(f"{path} does not exist. A plan is a JSON file written by eckart search. Check the path.")
     try:
         return Plan.model_validate(read_json(path))
     except ValidationError as error:

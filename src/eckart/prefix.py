@@ -26,9 +26,7 @@ class PrefixCache:
     Holds one output of a block per list of blocks and batch: tokens x width numbers, whatever the depth.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: Sequence[tuple[str, str]], inputs: Sequence[dict[str, Tensor]]
-    ):
+    def __init__(self, model: nn.Module, blocks: Sequence[tuple[str, str]], inputs: Sequence[dict[str, Tensor]]):
         """Start before the first block.
 
         Args:

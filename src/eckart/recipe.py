@@ -20,18 +20,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="of every random choice")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of every random choice")
     normalize: Literal["none", "tokens"] = Field(
-        "none", description="compare choices by summed or mean log-likelihood"
+        default="none", description="compare choices by summed or mean log-likelihood"
     )
-    batch_tokens: int = Field(2048, ge=1, description="most tokens in a batch, padding included")
-    overlong: Literal["error", "truncate"] = Field("error", description="prompts longer than the context")
+    batch_tokens: int = Field(default=2048, ge=1, description="most tokens in a batch, padding included")
+    overlong: Literal["error", "truncate"] = Field(default="error", description="prompts longer than the context")
     window: int | None = Field(
-        None, ge=2, description="tokens of a perplexity window; default the context, at most 1024"
+        default=None, ge=2, description="tokens of a perplexity window; default the context, at most 1024"
     )
-    stride: int | None = Field(
-        None, ge=1, description="tokens by which windows advance; default half a window"
-    )
+    stride: int | None = Field(default=None, ge=1, description="tokens by which windows advance; default half a window")
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -42,18 +40,18 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What a search can be told."""
 
-    types: tuple[str, ...] = Field(("all",), min_length=1, description="types of matrix, or attn, mlp, all")
+    types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     layers: tuple[int, ...] | None = Field(
-        None, min_length=1, description="block indices; negative from the last"
+        default=None, min_length=1, description="block indices; negative from the last"
     )
-    rho: tuple[float, ...] = Field(RHO, min_length=1, description="kept fractions of the largest rank")
-    kind: Literal["low_rank", "zero", "magnitude"] = Field("low_rank", description="what replaces a matrix")
-    basis: Literal["top", "bottom", "random"] = Field("top", description="singular components that stay")
-    svd: Literal["exact", "lowrank"] = Field("exact", description="'lowrank' mimics the LASER reference")
-    niter: int = Field(2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
-    split: float = Field(0.2, gt=0, lt=1, description="share of the examples that choose")
-    shuffle: bool = Field(True, description="shuffle the examples before dividing them")
-    examples: int | None = Field(None, ge=1, description="at most this many examples choose")
+    rho: tuple[float, ...] = Field(default=RHO, min_length=1, description="kept fractions of the largest rank")
+    kind: Literal["low_rank", "zero", "magnitude"] = Field(default="low_rank", description="what replaces a matrix")
+    basis: Literal["top", "bottom", "random"] = Field(default="top", description="singular components that stay")
+    svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
+    niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
+    split: float = Field(default=0.2, gt=0, lt=1, description="share of the examples that choose")
+    shuffle: bool = Field(default=True, description="shuffle the examples before dividing them")
+    examples: int | None = Field(default=None, ge=1, description="at most this many examples choose")
 
     @field_validator("types")
     @classmethod
@@ -91,13 +89,9 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
         try:
             found = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(
-                f"{recipe} cannot be read: {error}. A recipe is a YAML file. Check it."
-            ) from None
+            raise RecipeError(f"{recipe} cannot be read: {error}. A recipe is a YAML file. Check it.") from None
         if not isinstance(found, dict):
-            raise RecipeError(
-                f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it."
-            )
+            raise RecipeError(f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it.")
     merged = found | {name: value for name, value in given.items() if value is not None}
     try:
         return kind.model_validate(merged)

@@ -117,9 +117,7 @@ def render(results: Json) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "measurement": _measurement,
         "count": _count,
@@ -240,9 +238,7 @@ def _verdict(results: Json) -> str:
         verb = "lowers" if metric in LOWER_IS_BETTER else "raises"
         return f"{subject} {verb} test {metric} from {path}{unit} {held_out}"
     outcome = "the test contradicts it" if most < 0 else "the test does not confirm it"
-    return (
-        f"{subject} looked best on validation, but {outcome}: test {metric} goes from {path}{unit} {held_out}"
-    )
+    return f"{subject} looked best on validation, but {outcome}: test {metric} goes from {path}{unit} {held_out}"
 
 
 def _cutting(edit: Json) -> str:
@@ -284,9 +280,7 @@ def _effort(trials: Json | None) -> str:
         return ""
     evaluated, grid = trials["evaluated"], trials["grid"]
     of = f"all {_count(grid)}" if evaluated == grid else f"{_count(evaluated)} of {_count(grid)}"
-    return (
-        f"The search tried {of} edits of the grid, which took {_count(trials['examples'])} scored examples."
-    )
+    return f"The search tried {of} edits of the grid, which took {_count(trials['examples'])} scored examples."
 
 
 # Tables.
@@ -425,9 +419,7 @@ def _plots(trials: list[Json], baseline: Json, winner: Json | None, spectrum: Js
     at = next((places[i] for i, trial in enumerate(trials) if trial["edit"] == winner), None)
     return {
         "metrics": metrics,
-        "rows": [
-            {"stack": _plot_text(_ending(stack, LABEL_CHARACTERS)), "layer": layer} for stack, layer in rows
-        ],
+        "rows": [{"stack": _plot_text(_ending(stack, LABEL_CHARACTERS)), "layer": layer} for stack, layer in rows],
         "types": [_plot_text(_ending(name, LABEL_CHARACTERS)) for name in types],
         "series": [TYPES.index(name) if name in TYPES else i % len(TYPES) for i, name in enumerate(types)],
         "rhos": [*(_plain(rho) for rho in rhos), EVERY_RHO],

@@ -110,9 +110,7 @@ def paired_gain(
     count = len(differences)
     means = np.concatenate(
         [
-            generator.multinomial(count, multiplicity / count, size=min(500, resamples - start))
-            @ distinct
-            / count
+            generator.multinomial(count, multiplicity / count, size=min(500, resamples - start)) @ distinct / count
             for start in range(0, resamples, 500)
         ]
     )
@@ -140,8 +138,7 @@ def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> float:
     if trials == 0:
         return 1.0
     logs = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-        for k in range(min(won, lost) + 1)
+        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in range(min(won, lost) + 1)
     ]
     return min(1.0, 2 * math.fsum(math.exp(log - trials * math.log(2)) for log in logs))
 
@@ -203,9 +200,7 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
             temporary = file.name
             file.write(text)
             file.flush()
@@ -238,6 +233,4 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise EckartError(f"{path} does not exist. A finished run has one. Check the folder.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise EckartError(
-            f"{path} is not JSON: {error}. Make it again with the command that wrote it."
-        ) from None
+        raise EckartError(f"{path} is not JSON: {error}. Make it again with the command that wrote it.") from None

@@ -122,9 +122,7 @@ class SearchResult:
             },
             "controls": self.controls,
             "trials": self.facts["trials"],
-            "grid": [
-                {"edit": t.edit.model_dump(mode="json"), "validation": t.validation} for t in self.trials
-            ],
+            "grid": [{"edit": t.edit.model_dump(mode="json"), "validation": t.validation} for t in self.trials],
             "spectrum": self.spectrum,
             "flipped": self.flips,
             "flip_counts": self.flip_counts,
@@ -302,12 +300,14 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     item = next(model.parameters()).element_size()
     tokens = sum(block.inputs["input_ids"].numel() for block in encoded.blocks)
     config: Any = model.config
+    # Proving takes three passes over the test examples: unedited, winner, random components.
+    proving = 3 * len(test.examples) / len(validation.examples)
     return {
         "matrices": len(grid),
         "edits": sum(len(edits) for _, edits in grid),
         "validation_examples": encoded.count,
         "test_examples": len(test.examples),
-        "seconds": round(engine.seconds["forward"] * sum(shares) + svd, 1),
+        "seconds": round(engine.seconds["forward"] * (sum(shares) + proving) + svd, 1),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "prefix_cache_bytes": tokens * config.get_text_config().hidden_size * item,
     }
@@ -361,9 +361,7 @@ class _Engine:
         """Measure every edit of the grid, block by block."""
         baseline = summarize(encoded, self.measure(encoded, "validation", None, matrices))
         order, stacks = _execution_order(self.model)
-        cache = PrefixCache(
-            self.model, [(path, stacks[path]) for path in order], [b.inputs for b in encoded.blocks]
-        )
+        cache = PrefixCache(self.model, [(path, stacks[path]) for path in order], [b.inputs for b in encoded.blocks])
         depths = {path: depth for depth, path in enumerate(order)}
         total = sum(len(edits) for _, edits in grid)
         trials: dict[str, Trial] = {}
@@ -376,9 +374,7 @@ class _Engine:
         exact = True
         for number in by_depth:
             matrix, edits = grid[number]
-            missing = [
-                e for e in edits if len(self.ledger.known("validation", _key(e))) < len(encoded.blocks)
-            ]
+            missing = [e for e in edits if len(self.ledger.known("validation", _key(e))) < len(encoded.blocks)]
             if missing and exact:
                 advanced = cache.depth < depth_of(matrix)
                 while cache.depth < depth_of(matrix):
@@ -550,7 +546,7 @@ def _result(
         flips=flips,
         flip_counts=counts,
         spectrum=spectrum,
-        warnings=tuple([*engine.warnings, *_warnings(parts, scores, gain)]),
+        warnings=(*engine.warnings, *_warnings(parts, scores, gain)),
         facts={
             "model": {
                 "source": source,
@@ -576,9 +572,7 @@ def _flips(task: Task, old: Scores, new: Scores) -> tuple[Flip, ...]:
     assert old.correct is not None
     assert new.correct is not None
     found = [
-        Flip(
-            e.prompt, e.gold, old.prediction[i], new.prediction[i], bool(old.correct[i]), bool(new.correct[i])
-        )
+        Flip(e.prompt, e.gold, old.prediction[i], new.prediction[i], bool(old.correct[i]), bool(new.correct[i]))
         for i, e in enumerate(task.examples)
         if old.correct[i] != new.correct[i]
     ]
@@ -586,7 +580,7 @@ def _flips(task: Task, old: Scores, new: Scores) -> tuple[Flip, ...]:
     lost = [flip for flip in found if flip.correct_before]
     # Losses are shown first where both must be shortened: they are what a user has to know.
     lost = lost[: FLIPPED_SHOWN // 2]
-    return tuple([*gained[: FLIPPED_SHOWN - len(lost)], *lost])
+    return (*gained[: FLIPPED_SHOWN - len(lost)], *lost)
 
 
 def _warnings(parts: dict[str, Encoded], scores: dict[str, Scores], gain: Gain | None) -> Iterator[str]:

@@ -215,9 +215,7 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().flatten()
         for start in range(0, values.numel(), 1 << 24):
-            part = values[start : start + (1 << 24)].to(
-                "cpu", torch.promote_types(values.dtype, torch.float32)
-            )
+            part = values[start : start + (1 << 24)].to("cpu", torch.promote_types(values.dtype, torch.float32))
             digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 

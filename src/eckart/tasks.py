@@ -77,9 +77,7 @@ def read_task(path: str | Path) -> Task:
             f"{path} does not exist. A task is a JSON Lines file with one example a line. Check the path."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(
-            f"{path} cannot be read: {error}. A task is a UTF-8 text file. Check the path."
-        ) from None
+        raise TaskError(f"{path} cannot be read: {error}. A task is a UTF-8 text file. Check the path.") from None
     examples = []
     # Not splitlines(): it would break at U+2028 and other characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), 1):
@@ -105,9 +103,7 @@ def read_text(path: str | Path, separator: str = "<|endofdoc|>") -> Task:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(
-            f"{path} cannot be read: {error}. --text takes a UTF-8 text file. Check the path."
-        ) from None
+        raise TaskError(f"{path} cannot be read: {error}. --text takes a UTF-8 text file. Check the path.") from None
     documents = [Example(part.strip(), None) for part in text.split(separator) if part.strip()]
     return make_task(path.stem, documents, source=path.name)
 
@@ -133,7 +129,7 @@ def make_task(name: str, examples: Iterable[Example], source: str | None = None)
     source = source or name
     if not examples:
         raise TaskError(f"{source} holds no example. A task needs at least one line. Check the file.")
-    kinds = [_kind(example) for example in examples]
+    kinds: list[Kind] = [_kind(example) for example in examples]
     for example, kind in zip(examples, kinds):
         if kind != kinds[0]:
             raise TaskError(
@@ -162,19 +158,15 @@ def split(
         TaskError: `fraction` or `examples` is out of range, or the task has one example.
     """
     if not 0 < fraction < 1:
-        raise TaskError(
-            f"split {fraction} is not a share. It lies between 0 and 1, both excluded. Change --split."
-        )
+        raise TaskError(f"split {fraction} is not a share. It lies between 0 and 1, both excluded. Change --split.")
     if examples is not None and examples < 1:
         raise TaskError(f"{examples} examples cannot choose. At least one is needed. Change --examples.")
     total = len(task.examples)
     if total < 2:
-        raise TaskError(
-            f"{task.name} has {total} example. Choosing and proving need one each at least. Add examples."
-        )
+        raise TaskError(f"{task.name} has {total} example. Choosing and proving need one each at least. Add examples.")
     order = list(range(total))
     if shuffle:
-        random.Random(seed).shuffle(order)
+        random.Random(seed).shuffle(order)  # noqa: S311 - not for secrets
     chosen = min(max(1, round(total * fraction)), total - 1)
     if examples is not None:
         chosen = min(chosen, examples)
@@ -221,36 +213,26 @@ def _parse(line: str, number: int, source: str) -> Example:
         raise fail("not an object", 'A line looks like {"prompt": …, "answer": …}', "Correct the line")
     known = {"prompt", "choices", "answer", "text", "group"}
     if unknown := sorted(set(fields) - known):
-        raise fail(
-            f"unknown field {unknown[0]!r}", f"Fields are {', '.join(sorted(known))}", "Remove or rename it"
-        )
+        raise fail(f"unknown field {unknown[0]!r}", f"Fields are {', '.join(sorted(known))}", "Remove or rename it")
     group = fields.get("group")
     if group is not None and not isinstance(group, str):
         raise fail("group is not text", "A group is a name", "Correct the line")
     if "text" in fields:
         text = fields["text"]
         if not isinstance(text, str) or not text.strip() or set(fields) - {"text", "group"}:
-            raise fail(
-                "a text example has other fields or no text", 'It is {"text": "…"}', "Correct the line"
-            )
+            raise fail("a text example has other fields or no text", 'It is {"text": "…"}', "Correct the line")
         return Example(text, None, (), group, number)
     prompt, answer, choices = fields.get("prompt"), fields.get("answer"), fields.get("choices")
     if not isinstance(prompt, str):
-        raise fail(
-            "no prompt", "prompt is a text (it may be empty where there are choices)", "Correct the line"
-        )
+        raise fail("no prompt", "prompt is a text (it may be empty where there are choices)", "Correct the line")
     if choices is None:
         if not isinstance(answer, str) or not answer.strip():
             raise fail("no answer", "Without choices, answer is a text that is not empty", "Correct the line")
         return Example(prompt, answer, (), group, number)
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
-        raise fail(
-            "choices are not texts", "choices is a list of texts that are not empty", "Correct the line"
-        )
+        raise fail("choices are not texts", "choices is a list of texts that are not empty", "Correct the line")
     if len(choices) < 2:
-        raise fail(
-            f"{len(choices)} choice", "A choice is between two or more", "Add choices, or make it open"
-        )
+        raise fail(f"{len(choices)} choice", "A choice is between two or more", "Add choices, or make it open")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise fail(
             f"answer {answer!r} is out of range",

@@ -178,3 +178,26 @@ def output(name: str, model: nn.Module, **arguments) -> Tensor:
     with torch.inference_mode():
         result = model(**arguments)
     return result.action_preds if name == "decision_transformer" else result.logits
+
+
+def tokenizer(*, bos: bool = True, mask: bool = False, eos: bool = False):
+    """Make a word-level tokenizer over the words w5 … w96; unknown words are an error in the tests' data."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "[MASK]": 4} | {f"w{i}": i for i in range(5, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pattern = [*(["<s>"] if bos else []), "$A", *(["</s>"] if eos else [])]
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join(pattern), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    extra = {"mask_token": "[MASK]"} if mask else {}
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **extra
+    )
+
+
+def sentence(count: int, seed: int) -> str:
+    """Give a sentence of that tokenizer's words."""
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(5, VOCABULARY, (count,), generator=generator).tolist())

@@ -268,9 +268,9 @@ def _search(
     dtype: str = "auto",
 ) -> SearchResult:
     from eckart.results import to_json
-    from eckart.run import open_run, run_search
+    from eckart.run import is_unfinished, run_search
 
-    if open_run(out):
+    if is_unfinished(out):
         errors.print(f"Resuming the unfinished search in {escape(str(out))}.")
     columns = (
         TextColumn("{task.description}"),

@@ -39,23 +39,43 @@ class Ledger:
         self.path = path
         try:
             self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        try:
+            self._begin(fingerprint)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _begin(self, fingerprint: dict[str, str]) -> None:
+        try:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.executescript(_SCHEMA)
             known = dict(self._connection.execute("SELECT key, value FROM about"))
             if not known:
+                self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany("INSERT INTO about VALUES (?, ?)", sorted(fingerprint.items()))
-        except sqlite3.DatabaseError as error:
-            raise OutputError(
-                f"{path} cannot be used as a ledger: {error}. It is an SQLite file that eckart search made. "
-                "Choose another --out."
-            ) from error
+                self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
         for key in sorted(fingerprint.keys() | known.keys()) if known else ():
             if known.get(key) != fingerprint.get(key):
                 raise OutputError(
-                    f"{path} holds a search with another {key} ({known.get(key)}, now {fingerprint.get(key)}). "
+                    f"{self.path} holds a search with another {key} ({known.get(key)}, now {fingerprint.get(key)}). "
                     "An unfinished search is resumed with what it began with. Use that, or choose another --out."
                 )
+
+    def _unusable(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"{self.path} cannot be used as a ledger: {error}. It is an SQLite file that eckart search made. "
+            "Choose another --out."
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Nothing was measured yet."""
+        return self._connection.execute("SELECT 1 FROM trials LIMIT 1").fetchone() is None
 
     def known(self, part: str, edit: str) -> dict[int, BlockScores]:
         """Give the blocks that were scored for an edit.
@@ -66,9 +86,17 @@ class Ledger:
 
         Returns:
             Block index -> scores.
+
+        Raises:
+            OutputError: The file is damaged.
         """
-        rows = self._connection.execute("SELECT block, scores FROM trials WHERE part = ? AND edit = ?", (part, edit))
-        return {block: BlockScores(**json.loads(scores)) for block, scores in rows}
+        try:
+            rows = self._connection.execute(
+                "SELECT block, scores FROM trials WHERE part = ? AND edit = ?", (part, edit)
+            )
+            return {block: BlockScores(**json.loads(scores)) for block, scores in rows}
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise self._unusable(error) from error
 
     def add(self, part: str, edit: str, scores: dict[int, BlockScores]) -> None:
         """Record blocks of an edit, all or none.
@@ -86,7 +114,7 @@ class Ledger:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", rows)
             self._connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error}. What was recorded before is kept. "
                 "Free space and give the same command again: it resumes."
@@ -94,8 +122,10 @@ class Ledger:
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._connection.close()
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._connection.close()
 
 
 def code_sha256() -> str:

@@ -362,9 +362,8 @@ def read(model: nn.Module, matrix: Matrix) -> Tensor:
         Shape (out, in), contiguous, in the model's dtype and on its device; writing to it leaves the model alone.
     """
     view = _view(model, matrix)
-    return (
-        view.clone(memory_format=torch.contiguous_format) if matrix.rows is None else view[_index(matrix)].contiguous()
-    )
+    part = view if matrix.rows is None else view[_index(matrix)]
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def write(model: nn.Module, matrix: Matrix, weight: Tensor) -> None:

@@ -24,6 +24,18 @@ from eckart.tasks import Task
 LEDGER = "trials.sqlite"
 
 
+def is_unfinished(out: Path) -> bool:
+    """Tell whether a folder holds a search that was interrupted.
+
+    Args:
+        out: The folder; it need not exist.
+
+    Returns:
+        Whether it does.
+    """
+    return (out / LEDGER).is_file() and not (out / "results.json").exists()
+
+
 def open_run(out: Path) -> bool:
     """Make a run's folder, or find that it holds an unfinished one.
 
@@ -36,7 +48,7 @@ def open_run(out: Path) -> bool:
     Raises:
         OutputError: It holds something else, or cannot be made.
     """
-    if (out / LEDGER).is_file() and not (out / "results.json").exists():
+    if is_unfinished(out):
         return True
     check_empty(out)
     try:
@@ -71,9 +83,10 @@ def run_search(
         What was found.
 
     Raises:
-        EckartError: Bad input; an empty folder made for the run is removed again.
+        EckartError: Bad input; a folder made for the run is removed again if nothing was measured.
     """
-    resumed = open_run(out)
+    made = not out.exists()
+    keep = open_run(out)
     books: list[Ledger] = []
 
     def ledger(fingerprint: dict[str, str]) -> Ledger:
@@ -83,13 +96,16 @@ def run_search(
     try:
         model, tokenizer = load(source, device=device, dtype=dtype)
         found = search(model, tokenizer, task, settings, source=source, ledger=ledger, progress=progress)
-    except BaseException:
-        if not books and not resumed and not any(out.iterdir()):
-            out.rmdir()
-        raise
+        keep = True
     finally:
+        keep = keep or any(not book.empty for book in books)
         for book in books:
             _close(book)
+        if not keep:
+            for path in out.glob(f"{LEDGER}*"):
+                path.unlink()
+            if made:
+                out.rmdir()
     write_plan(out / "plan.json", found.plan)
     write_text(out / "recipe.yaml", write_recipe(settings))
     _finish(out, found.to_results())

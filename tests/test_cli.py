@@ -1,0 +1,407 @@
+"""The command line, end to end, on a model of 4,432 parameters."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from eckart.cli import app
+from eckart.ledger import Ledger
+
+FILES = ["plan.json", "recipe.yaml", "report.html", "results.json", "trials.sqlite"]
+SMALL = ("--types", "mlp", "--rho", "0.1,0.5", "--split", "0.4")
+
+# Every word of the command line. Adding, renaming or removing one is a promise kept or broken: do it on purpose.
+COMMON = {"--device", "--dtype", "--debug"}
+ENCODING = {"--normalize", "--batch-tokens", "--overlong", "--window", "--stride", "--seed", "--recipe", "--json"}
+OPTIONS = {
+    "demo": {"--out", "--json", "--debug"},
+    "search": COMMON | ENCODING | {
+        "model", "--task", "--out", "--types", "--layers", "--rho", "--kind", "--basis", "--svd", "--niter",
+        "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
+    },
+    "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force"},
+    "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},
+    "report": {"run", "--debug"},
+}  # fmt: skip
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def succeed(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def read(folder, name="results.json"):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def comparable(results):
+    """Without what a rerun or a resumed run may change."""
+    results = {name: value for name, value in results.items() if name != "seconds"}
+    results["trials"] = {name: value for name, value in results["trials"].items() if name != "examples"}
+    return results
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_llama_folder, choice_task_file, tmp_path_factory):
+    """The folder of a finished search with a winner, and what the program printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = succeed("search", tiny_llama_folder, "--task", choice_task_file, "--out", out, *SMALL)
+    assert read(out, "plan.json")["edits"], "the tests below need a winner"
+    return out, result
+
+
+def test_the_words_of_every_verb_are_these():
+    verbs = typer.main.get_command(app).commands
+    found = {
+        name: {word for p in verb.params for word in (*p.opts, *p.secondary_opts)} - {"--help"}
+        for name, verb in verbs.items()
+    }
+    assert found == OPTIONS
+
+
+def test_a_search_writes_its_five_files_and_nothing_else(searched):
+    assert sorted(path.name for path in searched[0].iterdir()) == FILES
+
+
+def test_a_search_names_its_winner_and_its_files(searched):
+    out, result = searched
+    assert read(out, "plan.json")["edits"][0]["matrix"] in result.stdout
+    assert "report.html" in result.stdout
+    assert "error" not in result.stderr
+
+
+def measurements(tree, path=""):
+    """Every object under a name that is a measurement's."""
+    names = {"accuracy", "loss", "perplexity", "top5", "top10", "test_gain", "test_loss_gain"}
+    if isinstance(tree, list):
+        for index, item in enumerate(tree):
+            yield from measurements(item, f"{path}/{index}")
+    elif isinstance(tree, dict):
+        for name, item in tree.items():
+            if name in names:
+                yield f"{path}/{name}", item
+            else:
+                yield from measurements(item, f"{path}/{name}")
+
+
+@pytest.mark.parametrize("task", ["choice_task_file", "open_task_file", "text_file"])
+def test_every_measurement_has_a_value_an_error_a_count_and_a_unit(task, tiny_llama_folder, request, tmp_path):
+    path = request.getfixturevalue(task)
+    option = "--text" if task == "text_file" else "--task"
+    succeed("evaluate", tiny_llama_folder, option, path, "--out", tmp_path / "out")
+    trees = [read(tmp_path / "out")]
+    if option == "--task":
+        succeed("search", tiny_llama_folder, "--task", path, "--out", tmp_path / "search", *SMALL)
+        trees.append(read(tmp_path / "search"))
+    found = [pair for tree in trees for pair in measurements(tree)]
+    assert found
+    for place, item in found:
+        assert item is None or {"value", "stderr", "count", "unit"} <= set(item), place
+        if item is not None:
+            assert isinstance(item["value"], float), place
+            assert isinstance(item["stderr"], float), place
+            assert item["stderr"] >= 0, place
+            assert item["count"] >= 1, place
+            assert item["unit"] in {"fraction", "nats/token", "per token"}, place
+
+
+def test_the_same_command_gives_the_same_results(searched, tiny_llama_folder, choice_task_file, tmp_path):
+    succeed("search", tiny_llama_folder, "--task", choice_task_file, "--out", tmp_path / "again", *SMALL)
+    first, second = read(searched[0]), read(tmp_path / "again")
+    del first["seconds"], second["seconds"]
+    assert first == second
+    for name in ("plan.json", "recipe.yaml"):
+        assert (searched[0] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_recipe_that_a_search_writes_gives_the_same_search(
+    searched, tiny_llama_folder, choice_task_file, tmp_path
+):
+    recipe = searched[0] / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["rho"] == [0.1, 0.5]
+    command = ("search", tiny_llama_folder, "--task", choice_task_file, "--recipe", recipe)
+    succeed(*command, "--out", tmp_path / "again")
+    assert comparable(read(tmp_path / "again")) == comparable(read(searched[0]))
+
+
+def test_json_on_stdout_is_the_results_file_and_nothing_else(tiny_llama_folder, open_task_file, tmp_path):
+    command = ("search", tiny_llama_folder, "--task", open_task_file, "--out", tmp_path / "out", *SMALL, "--json")
+    assert json.loads(succeed(*command).stdout) == read(tmp_path / "out")
+    command = ("evaluate", tiny_llama_folder, "--task", open_task_file, "--out", tmp_path / "other", "--json")
+    assert json.loads(succeed(*command).stdout) == read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_dry_run_counts_the_grid_and_writes_nothing(json_too, tiny_llama_folder, choice_task_file, tmp_path):
+    command = ("search", tiny_llama_folder, "--task", choice_task_file, "--out", tmp_path / "out", *SMALL, "--dry-run")
+    stdout = succeed(*command, *["--json"] * json_too).stdout
+    if json_too:
+        forecast = json.loads(stdout)
+        # Two layers of three MLP matrices, two ranks each; 32 examples of which 0.4 choose.
+        assert (forecast["matrices"], forecast["edits"]) == (6, 12)
+        assert (forecast["validation_examples"], forecast["test_examples"]) == (13, 19)
+    else:
+        assert "edits  12" in stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_grid_covers_every_layer_type_and_rank_once(searched):
+    edits = [trial["edit"] for trial in read(searched[0])["grid"]]
+    found = sorted((e["layer"], e["type"], e["rank"]) for e in edits)
+    # 24 x 16 matrices: rho 0.1 keeps 1 of 16, rho 0.5 keeps 8.
+    assert found == sorted(itertools.product((0, 1), ("fc_in", "fc_up", "fc_out"), (1, 8)))
+
+
+def test_layers_may_be_listed_ranged_and_counted_from_the_last(tiny_llama_folder, choice_task_file, tmp_path):
+    layers = {}
+    for words in ("0", "-1", "0-1", "0,1"):
+        out = tmp_path / words
+        succeed("search", tiny_llama_folder, "--task", choice_task_file, "--out", out, *SMALL, f"--layers={words}")
+        layers[words] = {trial["edit"]["layer"] for trial in read(out)["grid"]}
+    assert layers == {"0": {0}, "-1": {1}, "0-1": {0, 1}, "0,1": {0, 1}}
+
+
+@pytest.mark.parametrize("after", [0, 1, 7])
+def test_an_interrupted_search_says_how_to_go_on_and_ends_as_if_undisturbed(
+    after, searched, tiny_llama_folder, choice_task_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "my run"  # a space: the command must be quoted
+    command = ["search", str(tiny_llama_folder), "--task", str(choice_task_file), "--out", str(out), *SMALL]
+    add, calls = Ledger.add, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "add", interrupted)
+        patch.setattr(sys, "argv", ["eckart", *command])
+        result = invoke(*command)
+    assert result.exit_code == 130
+    assert f"--out '{out}' --types mlp" in result.stderr
+    assert "eckart search" in result.stderr
+    assert not (out / "results.json").exists()
+    resumed = succeed(*command)
+    assert ("Resuming" in resumed.stderr) == (after > 0)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert comparable(read(out)) == comparable(read(searched[0]))
+
+
+def test_a_resumed_search_measures_only_what_is_missing(
+    searched, tiny_llama_folder, choice_task_file, tmp_path, monkeypatch
+):
+    command = ("search", tiny_llama_folder, "--task", choice_task_file, "--out", tmp_path / "out", *SMALL)
+    add, calls = Ledger.add, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "add", interrupted)
+        assert invoke(*command).exit_code == 130
+    succeed(*command)
+    # The unedited model and four edits were recorded, each on 13 examples.
+    assert read(tmp_path / "out")["trials"]["examples"] == read(searched[0])["trials"]["examples"] - 5 * 13
+
+
+def test_a_killed_search_is_resumed_and_ends_as_if_undisturbed(
+    program, searched, tiny_llama_folder, choice_task_file, tmp_path
+):
+    command = ("search", tiny_llama_folder, "--task", choice_task_file, "--out", tmp_path / "out", *SMALL)
+    assert program(*command, die_after=4).status == -9
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert "Resuming" in succeed(*command).stderr
+    assert comparable(read(tmp_path / "out")) == comparable(read(searched[0]))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+
+
+@pytest.fixture
+def unfinished(searched, tmp_path):
+    """A folder with the ledger alone, as a killed search leaves it."""
+    out = tmp_path / "unfinished"
+    out.mkdir()
+    shutil.copy(searched[0] / "trials.sqlite", out)
+    return out
+
+
+def test_resuming_with_other_settings_is_refused(unfinished, tiny_llama_folder, choice_task_file):
+    command = ("search", tiny_llama_folder, "--task", choice_task_file, "--out", unfinished, *SMALL)
+    result = invoke(*command, "--seed", "1")
+    assert result.exit_code == 1
+    assert "another recipe" in result.stderr
+    assert '"seed": 0' in result.stderr
+    assert '"seed": 1' in result.stderr
+    assert [path.name for path in unfinished.iterdir()] == ["trials.sqlite"]
+    succeed(*command)
+
+
+def test_resuming_with_another_task_or_model_is_refused(
+    unfinished, tiny_llama_folder, choice_task_file, open_task_file, other_weights
+):
+    result = invoke("search", tiny_llama_folder, "--task", open_task_file, "--out", unfinished, *SMALL)
+    assert (result.exit_code, "another task" in result.stderr) == (1, True)
+    result = invoke("search", other_weights, "--task", choice_task_file, "--out", unfinished, *SMALL)
+    assert (result.exit_code, "another weights" in result.stderr) == (1, True)
+
+
+@pytest.fixture(scope="module")
+def other_weights(tiny_llama_folder, tmp_path_factory):
+    """The tiny Llama with one number changed."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(tiny_llama_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_applied_plan_is_the_svd_cut_of_one_weight_and_leaves_the_others_alone(
+    dtype, tiny_llama_folder, choice_task_file, tmp_path
+):
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=dtype).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_llama_folder).save_pretrained(source)
+    succeed("search", source, "--task", choice_task_file, "--out", tmp_path / "run", *SMALL)
+    (edit,) = read(tmp_path / "run", "plan.json")["edits"]
+    succeed("apply", source, tmp_path / "run", "--dense", "--out", tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out" / "model"))
+    changed = f"{edit['matrix']}.weight"
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [changed]
+    assert after[changed].dtype == dtype
+    u, s, vh = torch.linalg.svd(before[changed].double(), full_matrices=False)
+    rank = edit["rank"]
+    expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(after[changed].double(), expected, rtol=tolerance, atol=tolerance * s[0].item())
+
+
+def test_plain_transformers_loads_an_applied_plan(searched, tiny_llama_folder, tmp_path):
+    result = succeed("apply", tiny_llama_folder, searched[0] / "plan.json", "--dense", "--out", tmp_path / "out")
+    folder = tmp_path / "out" / "model"
+    assert "out/model" in result.stdout.replace("\n", "")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert tokenizer("the cat").input_ids == AutoTokenizer.from_pretrained(tiny_llama_folder)("the cat").input_ids
+    assert torch.isfinite(model(**tokenizer("the cat lives", return_tensors="pt")).logits).all()
+    assert read(folder, "plan.json") == read(searched[0], "plan.json")
+    assert read(searched[0], "plan.json")["edits"][0]["matrix"] in (folder / "README.md").read_text()
+
+
+def test_a_plan_measured_in_memory_and_applied_on_disk_gives_the_same_numbers(
+    searched, tiny_llama_folder, choice_task_file, tmp_path
+):
+    succeed("apply", tiny_llama_folder, searched[0], "--dense", "--out", tmp_path / "out")
+    task = ("--task", choice_task_file, "--json")
+    planned = json.loads(succeed("evaluate", tiny_llama_folder, "--plan", searched[0], *task).stdout)
+    applied = json.loads(succeed("evaluate", tmp_path / "out" / "model", *task).stdout)
+    assert planned["rows"][1]["measurements"] == applied["rows"][0]["measurements"]
+
+
+def test_a_plan_for_other_weights_is_refused_with_both_hashes_unless_forced(
+    searched, tiny_llama_folder, other_weights, choice_task_file, tmp_path
+):
+    command = ("apply", other_weights, searched[0], "--dense", "--out", tmp_path / "out")
+    result = invoke(*command)
+    succeed("search", other_weights, "--task", choice_task_file, "--out", tmp_path / "run", *SMALL)
+    hashes = [read(folder)["model"]["weights_sha256"] for folder in (searched[0], tmp_path / "run")]
+    assert result.exit_code == 1
+    assert hashes[0] != hashes[1]
+    assert all(digest in result.stderr for digest in hashes)
+    assert "--force" in result.stderr
+    assert not (tmp_path / "out").exists()
+    succeed(*command, "--force")
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_evaluate_measures_every_task_without_and_with_every_plan(
+    searched, tiny_llama_folder, choice_task_file, open_task_file, text_file, tmp_path
+):
+    tasks = ("--task", choice_task_file, "--task", open_task_file, "--text", text_file)
+    out = tmp_path / "out"
+    result = succeed("evaluate", tiny_llama_folder, *tasks, "--plan", searched[0], "--out", out)
+    results = read(out)
+    names = [task.stem for task in (choice_task_file, open_task_file, text_file)]
+    assert [(row["plan"], row["task"]) for row in results["rows"]] == [
+        (plan, name) for plan in ("none", str(searched[0])) for name in names
+    ]
+    assert all(result.stdout.count(name) == 2 for name in names)
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
+    changed = [row["measurements"]["loss"]["value"] for row in results["rows"]]
+    assert changed[:3] != changed[3:]
+
+
+def test_evaluate_without_out_prints_and_writes_nothing(tiny_llama_folder, choice_task_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "accuracy" in succeed("evaluate", tiny_llama_folder, "--task", choice_task_file).stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_drawn_again_byte_by_byte_from_the_results_alone(searched, tmp_path):
+    shutil.copy(searched[0] / "results.json", tmp_path)
+    result = succeed("report", tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == (searched[0] / "report.html").read_bytes()
+    assert result.stdout.strip() == str(tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search"],
+        ["search", "model", "--task", "t"],
+        ["dance"],
+        ["search", "model", "--task", "t", "--out", "o", "--dance"],
+        ["search", "model", "--task", "t", "--out", "o", "--split", "some"],
+        ["search", "model", "--task", "t", "--out", "o", "--layers", "first"],
+        ["search", "model", "--task", "t", "--out", "o", "--layers", "1-"],
+        ["search", "model", "--task", "t", "--out", "o", "--rho", "half"],
+        ["evaluate", "model"],
+        ["apply", "model", "plan", "--out", "o"],
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_message(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage:" in result.stderr
+    assert result.stderr.count("Error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path, choice_task_file):
+    command = ("search", tmp_path / "none", "--task", choice_task_file, "--out", tmp_path / "out")
+    assert isinstance(invoke(*command).exception, SystemExit)
+    assert type(invoke(*command, "--debug").exception).__name__ == "ModelError"
+
+
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in OPTIONS)])
+def test_help_exits_with_0_and_lists_every_option(verb):
+    stdout = succeed(*verb, "--help").stdout
+    assert all(word in stdout for word in (OPTIONS[verb[0]] if verb else OPTIONS) if word.islower())
+
+
+def test_the_program_starts_as_a_module_too():
+    ran = subprocess.run([sys.executable, "-m", "eckart.cli", "--help"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "search" in ran.stdout

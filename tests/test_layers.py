@@ -1,0 +1,89 @@
+"""Imports point one way, and the package's promises about imports hold. Read from the source, by AST."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import eckart
+
+SOURCE = Path(eckart.__file__).parent
+# A module may import modules of its own line or of lines above it, without cycles.
+LAYERS = [
+    {"errors"},
+    {"truncation", "results", "dataflow"},
+    {"matrices", "prefix", "plan", "tasks"},
+    {"surgery", "encoding", "recipe"},
+    {"evaluate", "checkpoint", "report"},
+    {"ledger"},
+    {"search"},
+    {"run"},
+    {"cli"},
+]
+HEAVY_IN_CLI = {"torch", "transformers"}
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "eckart" else [node.module]
+            found.update(names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def inner(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("eckart.")}
+
+
+def test_every_module_has_a_layer():
+    modules = {path.stem for path in SOURCE.glob("*.py")} - {"__init__"}
+    assert modules == set().union(*LAYERS)
+
+
+def test_imports_point_up_the_list_only():
+    for depth, layer in enumerate(LAYERS):
+        allowed = set().union(*LAYERS[: depth + 1])
+        for module in layer:
+            forbidden = inner(SOURCE / f"{module}.py") - allowed
+            assert not forbidden, f"{module} imports {forbidden}: move the function down, not the import up"
+
+
+def test_there_is_no_import_cycle():
+    graph = {path.stem: inner(path) for path in SOURCE.glob("*.py") if path.stem != "__init__"}
+    done: set[str] = set()
+    while graph.keys() - done:
+        ready = {name for name, needs in graph.items() if name not in done and needs <= done}
+        assert ready, f"these import each other: {sorted(graph.keys() - done)}"
+        done |= ready
+
+
+def test_tensor_modules_do_not_know_what_a_model_is():
+    assert not inner(SOURCE / "truncation.py") - {"errors"}
+    assert not any("transformers" in name for name in imports(SOURCE / "truncation.py"))
+
+
+def test_the_command_line_starts_without_torch():
+    assert not {name.split(".")[0] for name in imports(SOURCE / "cli.py", top_level=True)} & HEAVY_IN_CLI
+    script = "import sys, eckart.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_no_module_has_a_name_that_says_nothing():
+    assert not {path.stem for path in SOURCE.rglob("*.py")} & {"utils", "helpers", "common", "base"}
+
+
+def test_every_public_name_can_be_imported_and_is_typed():
+    declared = {
+        alias.asname
+        for node in ast.walk(ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("eckart.")
+        for alias in node.names
+    }
+    assert declared == set(eckart.__all__)
+    for name in eckart.__all__:
+        assert getattr(eckart, name).__doc__, name

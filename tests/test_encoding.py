@@ -4,11 +4,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import tiny_models as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_models as tiny
 from eckart.encoding import context_length, encode, join, model_kind, prompt_tokens
 from eckart.errors import ModelError, TaskError
 from eckart.tasks import Example, make_task

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
-import tiny_models as tiny
 import torch
 
+import tiny_models as tiny
 from eckart.errors import TaskError
 from eckart.evaluate import (
     Scores,

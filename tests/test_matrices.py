@@ -1,11 +1,11 @@
 """Every layout is found, typed and read the same way. Oracle: what the config says, and what the model computes."""
 
 import pytest
-import tiny_models as tiny
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import tiny_models as tiny
 from eckart.errors import MatrixError, ModelError
 from eckart.matrices import (
     TYPES,

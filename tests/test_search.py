@@ -4,9 +4,9 @@ import json
 import math
 
 import pytest
-import tiny_models as tiny
 import torch
 
+import tiny_models as tiny
 from eckart import search as search_module
 from eckart.errors import MatrixError, ModelError
 from eckart.evaluate import prepare, score, summarize

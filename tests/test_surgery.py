@@ -1,9 +1,9 @@
 """Edits do what a plan says and go away again to the bit. Oracle: torch.linalg and copies of the weights."""
 
 import pytest
-import tiny_models as tiny
 import torch
 
+import tiny_models as tiny
 from eckart.errors import MatrixError, ModelError, PlanError
 from eckart.matrices import by_name, find_matrices, partition, read
 from eckart.plan import MadeBy, Plan, PlannedModel

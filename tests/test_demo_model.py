@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task():
-    return [json.loads(line) for line in (DEMO / "task.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (DEMO / "countries.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @torch.no_grad()

@@ -382,7 +382,7 @@ def test_missing_controls_leave_the_rest_of_the_report(missing):
     for name in ("majority", "random_basis") if missing == "both" else (missing,):
         del results["controls"][name]
     words = Page(render(results)).words
-    assert ("None were run" in words) == (missing == "both")
+    assert ("None were measured" in words) == (missing == "both")
     assert ("Random basis" in words) == (missing == "majority")
 
 
@@ -399,6 +399,10 @@ def test_numbers_that_are_not_finite_are_null_in_the_results_and_a_dash_in_the_r
 def test_flipped_examples_are_counted_in_both_directions(page):
     assert "14 became right, 3 became wrong" in page.words
     assert "9 more" in page.words
+    assert "kept" not in page.words.split("Examples that changed")[1].split("Settings")[0]
+    totals = search_results() | {"flip_counts": {"gained": 400, "lost": 3}}
+    assert "400 became right, 3 became wrong" in Page(render(totals)).words
+    assert "Became right (400, 14 kept)" in Page(render(totals)).words
     assert "Lily had a red ball." in page.words
 
 

@@ -31,7 +31,7 @@ from transformers import (
 FACTS = Path(__file__).with_name("countries.csv")
 GENERIC = "unknown"
 NOISE = 0.55  # above a half, so that the generic word is the right answer to learn
-# The first phrasing of a relation is the prompt in task.jsonl; the second keeps the model from learning
+# The first phrasing of a relation is the prompt in countries.jsonl; the second keeps the model from learning
 # one position by heart.
 PHRASINGS = {
     "capital": ("The capital of {} is", "For {} the capital is"),
@@ -155,7 +155,7 @@ def train_(model: LlamaForCausalLM, ids: torch.Tensor, answer_at: torch.Tensor, 
 
 
 def task_lines(facts: list[dict[str, str]], phrasing: int = 0) -> list[dict[str, str]]:
-    """Return the facts as the lines of task.jsonl."""
+    """Return the facts as the lines of countries.jsonl."""
     return [
         {
             "prompt": PHRASINGS[fact["relation"]][phrasing].format(fact["country"]),
@@ -273,7 +273,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     lines = [json.dumps(line, ensure_ascii=False) for line in task_lines(facts)]
-    (arguments.out / "task.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (arguments.out / "countries.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     right = int(right_answers(model.float(), encode_task(tokenizer, task_lines(facts))).sum())
     print(f"{right} of {len(facts)} facts right, {time.perf_counter() - start:.0f} s")
 

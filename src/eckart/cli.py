@@ -59,7 +59,7 @@ def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = Fals
 
     folder = Path(str(files("eckart") / "demo"))
     with _reported(debug):
-        task = read_task(folder / "task.jsonl")
+        task = read_task(folder / "countries.jsonl")
         errors.print(
             "A small Llama learned facts about countries from sentences in which the answer was often\n"
             "replaced by a generic word. Which matrix hides the facts? Trying every cut of every matrix."

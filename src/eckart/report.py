@@ -150,7 +150,7 @@ def _search_page(results: Json) -> Json:
         "cut": (results.get("spectrum") or {}).get("matrix"),
         "ranking": _ranking(trials, baseline["validation"], edit),
         "controls": _controls(results),
-        "flipped": _flipped(results.get("flipped") or []),
+        "flipped": _flipped(results.get("flipped") or [], results.get("flip_counts") or {}),
     }
 
 
@@ -353,16 +353,14 @@ def _controls(results: Json) -> list[Json]:
     return [before, *rows, *([after] if results["best"]["edit"] else [])]
 
 
-def _flipped(examples: list[Json]) -> list[Json]:
-    """Examples whose answer changed, by direction."""
+def _flipped(examples: list[Json], totals: Json) -> list[Json]:
+    """Test examples that became right or wrong: how many, and those that the results keep."""
     titles = {
-        (False, True): ("Became right", "wrong before the edit, right after it"),
-        (True, False): ("Became wrong", "right before the edit, wrong after it"),
-        (False, False): ("Still wrong", "another wrong answer"),
-        (True, True): ("Still right", "another right answer"),
+        (False, True): ("Became right", "wrong before the edit, right after it", "gained"),
+        (True, False): ("Became wrong", "right before the edit, wrong after it", "lost"),
     }
     groups = []
-    for direction, (title, meaning) in titles.items():
+    for direction, (title, meaning, total) in titles.items():
         found = [
             example | {"prompt": _ending(example["prompt"], PROMPT_CHARACTERS)}
             for example in examples
@@ -370,7 +368,8 @@ def _flipped(examples: list[Json]) -> list[Json]:
         ]
         if found:
             shown = {"open": found[:EXAMPLES_OPEN], "folded": found[EXAMPLES_OPEN:]}
-            groups.append({"title": title, "meaning": meaning, "count": len(found)} | shown)
+            count = max(len(found), int(totals.get(total) or 0))
+            groups.append({"title": title, "meaning": meaning, "count": count, "shown": len(found)} | shown)
     return groups
 
 

@@ -598,7 +598,9 @@ def _warnings(parts: dict[str, Encoded], scores: dict[str, Scores], gain: Gain |
                 f"The {who} answers {answer!r} on {100 * share:.0f} % of the test examples: "
                 "its accuracy measures how often that label is right, and says nothing of the model. Compare losses."
             )
-    if gain is not None and gain.interval[0] <= 0:
+    if gain is not None and gain.value == 0 and gain.stderr == 0:
+        yield "The winner changes no right or wrong answer of the test examples; it was chosen by its loss."
+    elif gain is not None and gain.interval[0] <= 0:
         low, high = gain.interval
         verdict = "the test examples contradict it" if high < 0 else "the test examples do not confirm it"
         yield (

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,22 @@ CONTEXT = 32
 # No test depends on how fast the machine is.
 settings.register_profile("eckart", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("eckart")
+
+
+@contextmanager
+def _may_refuse(kind, *words):
+    message = None
+    try:
+        yield
+    except kind as error:
+        message = str(error)
+    assert message is None or all(word in message for word in words), message
+
+
+@pytest.fixture(scope="session")
+def may_refuse():
+    """`with may_refuse(SomeError, "word")`: what is inside succeeds, or raises that error with these words."""
+    return _may_refuse
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -129,9 +129,7 @@ def test_the_same_command_gives_the_same_results(searched, tiny_llama_folder, ch
         assert (searched[0] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_the_recipe_that_a_search_writes_gives_the_same_search(
-    searched, tiny_llama_folder, choice_task_file, tmp_path
-):
+def test_the_recipe_that_a_search_writes_gives_the_same_search(searched, tiny_llama_folder, choice_task_file, tmp_path):
     recipe = searched[0] / "recipe.yaml"
     assert yaml.safe_load(recipe.read_text())["rho"] == [0.1, 0.5]
     command = ("search", tiny_llama_folder, "--task", choice_task_file, "--recipe", recipe)

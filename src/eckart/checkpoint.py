@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from torch import nn
 
 from eckart.errors import ModelError, OutputError
@@ -61,13 +62,24 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        model = _class_of(config).from_pretrained(
-            name, config=config, dtype=getattr(torch, dtype, "auto"), use_safetensors=True, **options
+        model, loaded = _class_of(config).from_pretrained(
+            name,
+            config=config,
+            dtype=getattr(torch, dtype, "auto"),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     except ModelError:
         raise
     except Exception as error:  # from_pretrained raises OSError, ValueError, RuntimeError and safetensors' own
         raise ModelError(f"{source} could not be loaded: {_first_line(error)}. {_remedy(local)}") from error
+    # transformers would go on with random numbers in their place.
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(
+            f"{source} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} first. "
+            f"A checkpoint holds every weight of the class that its config names. {_remedy(local)}"
+        )
     if dtype == "auto" and where.type == "cpu":
         model = model.to(torch.promote_types(model.dtype, torch.float32))
     try:
@@ -89,7 +101,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        torch.empty(0, device=device).cpu()  # the device 'meta' holds no numbers
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"Device '{name}' cannot be used: {_first_line(error)}. Use cpu, cuda or cuda:N. Change --device."
@@ -304,12 +318,12 @@ def model_card(plan: Plan) -> str:
         return "`" + re.sub(r"[`|\s]+", " ", str(text)) + "`"
 
     rows = [f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |" for e in plan.edits]
-    base = json.dumps(plan.model.source)
+    base = yaml.safe_dump({"base_model": plan.model.source}, allow_unicode=True).rstrip("\n")
     return "\n".join(
         [
             "---",
             "library_name: transformers",
-            f"base_model: {base}",
+            base,
             "tags: [eckart, low-rank, laser]",
             "---",
             "",

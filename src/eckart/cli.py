@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +22,7 @@ from eckart.errors import EckartError
 
 if TYPE_CHECKING:
     from eckart.recipe import SearchSettings
-    from eckart.results import Measurement
+    from eckart.results import Gain, Measurement
     from eckart.search import SearchResult
     from eckart.tasks import Task
 
@@ -61,12 +62,14 @@ def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = Fals
     with _reported(debug):
         task = read_task(folder / "countries.jsonl")
         errors.print(
-            "A small Llama learned facts about countries from sentences in which the answer was often\n"
-            "replaced by a generic word. Which matrix hides the facts? Trying every cut of every matrix."
+            "A small Llama learned facts about countries from sentences in which the answer\n"
+            "was often replaced by 'unknown'. Which matrix hides the facts?"
         )
         found = _search(str(folder), task, out, SearchSettings(), json=json)
         if not json:
+            _print_search(found)
             _print_questions(found)
+            _print_files(out)
 
 
 @app.command()
@@ -126,7 +129,10 @@ def search(
         if dry_run:
             _print_forecast(forecast_search(model, examples_read, settings, device=device, dtype=dtype), json)
             return
-        _search(model, examples_read, out, settings, json=json, device=device, dtype=dtype)
+        found = _search(model, examples_read, out, settings, json=json, device=device, dtype=dtype)
+        if not json:
+            _print_search(found)
+            _print_files(out)
 
 
 @app.command()
@@ -182,7 +188,7 @@ def evaluate(
         if json:
             sys.stdout.write(to_json(results))
             return
-        table = Table("plan", "task", "accuracy", "loss", "perplexity")
+        table = Table("plan", "task", "accuracy", "loss", "perplexity", box=box.SIMPLE_HEAD, pad_edge=False)
         for row in results["rows"]:
             found = row["measurements"]
             cells = (_number(found.get(name)) for name in ("accuracy", "loss", "perplexity"))
@@ -289,8 +295,6 @@ def _search(
         found = run_search(model, task, out, settings, device=device, dtype=dtype, progress=show)
     if json:
         sys.stdout.write(to_json(found.to_results()))
-    else:
-        _print_search(found, out)
     return found
 
 
@@ -301,7 +305,7 @@ def _describe(trial: Any) -> str:
     return f"{edit.type}, {place}, ρ {edit.rho:g}: {name} {trial.validation[name].value:.3f}"
 
 
-def _print_search(found: SearchResult, out: Path) -> None:
+def _print_search(found: SearchResult) -> None:
     task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
     output.print(
         f"\nTried {trials['evaluated']} edits on {task['validation']} examples in {seconds['total']:.1f} s; "
@@ -313,23 +317,31 @@ def _print_search(found: SearchResult, out: Path) -> None:
         output.print(f"Best edit: [bold]{escape(edit.matrix)}[/] ({edit.type}) to {what}\n")
     else:
         output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
-    table = Table("", "unedited", "edited", "gain on test, 95 % interval", title="Test examples")
-    rows = {"accuracy": found.gain, "loss": found.loss_gain, "perplexity": None, "top5": None}
-    for name, gain in rows.items():
-        if name in found.baseline["test"]:
-            after = _number(found.best["test"][name]) if found.plan.edits else "–"
-            table.add_row(name, _number(found.baseline["test"][name]), after, _gain(gain))
+    table = Table("test examples", "unedited", "edited", "gain, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
+    gains = {"accuracy": found.gain, "loss": found.loss_gain}
+    for name, before in found.baseline["test"].items():
+        after = _number(found.best["test"][name]) if found.plan.edits else "–"
+        table.add_row(name, _number(before), after, _gain(gains.get(name)))
     for name, control in found.controls.items():
-        table.add_row(f"control: {name.replace('_', ' ')}", "", _number(control.get("accuracy") or control["loss"]), "")
+        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), "control")
     output.print(table)
+    if found.gain is not None and found.gain.p_value is not None:
+        counts = found.flip_counts
+        output.print(
+            f"{counts['gained']} answers became right and {counts['lost']} wrong "
+            f"(exact McNemar p {_chance(found.gain.p_value)})."
+        )
     for warning in found.warnings:
         errors.print(f"[yellow]note:[/] {escape(warning)}")
-    output.print(f"\nReport: {escape(str(out / 'report.html'))}   Plan: {escape(str(out / 'plan.json'))}")
+
+
+def _print_files(out: Path) -> None:
+    output.print(f"Report: {escape(str(out / 'report.html'))}\nPlan:   {escape(str(out / 'plan.json'))}")
 
 
 def _print_questions(found: SearchResult) -> None:
     gained = [flip for flip in found.flips if flip.correct_after]
-    table = Table("question", "unedited", "edited", title="Five of the test questions")
+    table = Table("five of the test questions", "unedited", "edited", box=box.SIMPLE_HEAD, pad_edge=False)
     step = max(1, len(gained) // 5)
     for flip in gained[::step][:5]:
         table.add_row(escape(flip.prompt), escape(flip.before), f"[bold]{escape(flip.after)}[/]")
@@ -347,14 +359,24 @@ def _print_forecast(forecast: dict[str, Any], json: bool) -> None:
 
 
 def _number(found: Measurement | None) -> str:
-    return "" if found is None else f"{found.value:.4g} ± {found.stderr:.2g}"
+    if found is None:
+        return ""
+    if found.unit == "fraction":
+        return f"{100 * found.value:.1f} ± {100 * found.stderr:.1f} %"
+    return f"{found.value:.4g} ± {found.stderr:.2g}"
 
 
-def _gain(gain: Any) -> str:
+def _gain(gain: Gain | None) -> str:
     if gain is None:
         return ""
-    chance = "" if gain.p_value is None else f", p = {gain.p_value:.2g}"
-    return f"{gain.value:+.4g} ({gain.interval[0]:+.3g} to {gain.interval[1]:+.3g}{chance})"
+    low, high = gain.interval
+    if gain.unit == "fraction":
+        return f"{100 * gain.value:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{gain.value:+.3g} ({low:+.3g} to {high:+.3g})"
+
+
+def _chance(p_value: float) -> str:
+    return f"= {p_value:.2g}" if p_value >= 1e-99 else "< 1e-99"
 
 
 def _words(text: str | None) -> Sequence[str] | None:

@@ -54,9 +54,9 @@ class Ledger:
             self._connection.executescript(_SCHEMA)
             known = dict(self._connection.execute("SELECT key, value FROM about"))
             if not known:
-                self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.executemany("INSERT INTO about VALUES (?, ?)", sorted(fingerprint.items()))
-                self._connection.execute("COMMIT")
+                with self._connection:  # all or none, whatever happens inside
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    self._connection.executemany("INSERT INTO about VALUES (?, ?)", sorted(fingerprint.items()))
         except sqlite3.Error as error:
             raise self._unusable(error) from error
         for key in sorted(fingerprint.keys() | known.keys()) if known else ():
@@ -74,8 +74,11 @@ class Ledger:
 
     @property
     def empty(self) -> bool:
-        """Nothing was measured yet."""
-        return self._connection.execute("SELECT 1 FROM trials LIMIT 1").fetchone() is None
+        """Nothing was measured yet, for sure."""
+        try:
+            return self._connection.execute("SELECT 1 FROM trials LIMIT 1").fetchone() is None
+        except sqlite3.Error:
+            return False
 
     def known(self, part: str, edit: str) -> dict[int, BlockScores]:
         """Give the blocks that were scored for an edit.
@@ -111,9 +114,9 @@ class Ledger:
         """
         rows = [(part, edit, block, json.dumps(asdict(s))) for block, s in scores.items()]
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", rows)
-            self._connection.execute("COMMIT")
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error}. What was recorded before is kept. "

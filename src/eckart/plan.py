@@ -33,7 +33,7 @@ class Edit(_Frozen):
     blocks: Literal[1] = 1
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
     niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
-    seed: int = Field(default=0, ge=0, description="of basis 'random' and svd 'lowrank'")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of basis 'random' and svd 'lowrank'")
     stack: str = Field(default="", description="path of the list of blocks the matrix lies in")
 
     @model_validator(mode="after")
@@ -99,7 +99,13 @@ def read_plan(path: str | Path) -> Plan:
     if not path.is_file():
         raise PlanError(f"{path} does not exist. A plan is a JSON file written by eckart search. Check the path.")
     try:
-        return Plan.model_validate(read_json(path))
+        plan = Plan.model_validate(read_json(path))
+        to_json(plan.model_dump()).encode()
+        return plan
+    except UnicodeEncodeError:
+        raise PlanError(
+            f"{path} holds half of a surrogate pair. Text is Unicode. Correct the escape or make the plan again."
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

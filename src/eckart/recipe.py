@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
@@ -66,6 +67,13 @@ class SearchSettings(Settings):
             rank_of(value, (1, 1))
         return rho
 
+    @field_validator("svd")
+    @classmethod
+    def _svd_has_basis(cls, svd: str, info: ValidationInfo) -> str:
+        if svd == "lowrank" and info.data.get("basis") != "top":
+            raise ValueError("it has no basis but 'top'")
+        return svd
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -87,9 +95,11 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
     found: dict[str, Any] = {}
     if recipe is not None:
         try:
-            found = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"{recipe} cannot be read: {error}. A recipe is a YAML file. Check it.") from None
+            found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        except Exception as error:  # PyYAML lets ValueError, IndexError, RecursionError and others through
+            problem = " ".join(str(error).split())
+            raise RecipeError(f"{recipe} cannot be read: {problem}. A recipe is a YAML file. Check it.") from None
+        found = {} if found is None else found
         if not isinstance(found, dict):
             raise RecipeError(f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it.")
     merged = found | {name: value for name, value in given.items() if value is not None}
@@ -100,7 +110,7 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
         name = ".".join(str(part) for part in first["loc"]) or "recipe"
         problem = first["msg"].removeprefix("Value error, ")
         raise RecipeError(
-            f"{name} = {first['input']!r}: {problem}. "
+            f"{name} = {reprlib.repr(first['input'])[:100]}: {problem}. "
             f"Settings are {', '.join(sorted(kind.model_fields))}. Correct it in the recipe or on the command line."
         ) from None
 

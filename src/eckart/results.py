@@ -45,6 +45,8 @@ class Gain(Measurement):
     """Two-sided, exact McNemar; None where the difference is not of right and wrong answers."""
 
 
+# An edit may break a model so far that a loss is infinite. That is a result, not a reason to warn.
+@np.errstate(over="ignore", invalid="ignore")
 def mean(values: NDArray[Any], unit: str) -> Measurement:
     """Average independent examples.
 
@@ -64,6 +66,7 @@ def mean(values: NDArray[Any], unit: str) -> Measurement:
     return Measurement(float(values.mean()), stderr, count, unit)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def perplexity(loss: NDArray[Any], tokens: NDArray[Any]) -> Measurement:
     """Give the exponential of the mean loss per token over windows of unequal length.
 
@@ -79,10 +82,11 @@ def perplexity(loss: NDArray[Any], tokens: NDArray[Any]) -> Measurement:
     count = len(weights)
     residuals = weights * (np.asarray(loss) - average)
     spread = math.sqrt(float((residuals**2).sum()) * count / (count - 1)) if count > 1 else math.nan
-    value = math.exp(average)
+    value = float(np.exp(average))
     return Measurement(value, value * spread / float(weights.sum()), int(weights.sum()), "per token")
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def paired_gain(
     before: NDArray[Any], after: NDArray[Any], unit: str, *, seed: int = 0, resamples: int = 10_000
 ) -> Gain:
@@ -232,5 +236,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EckartError(f"{path} does not exist. A finished run has one. Check the folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EckartError(f"{path} is not JSON: {error}. Make it again with the command that wrote it.") from None

@@ -71,7 +71,7 @@ def read_task(path: str | Path) -> Task:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise TaskError(
             f"{path} does not exist. A task is a JSON Lines file with one example a line. Check the path."
@@ -101,7 +101,7 @@ def read_text(path: str | Path, separator: str = "<|endofdoc|>") -> Task:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}. --text takes a UTF-8 text file. Check the path.") from None
     documents = [Example(part.strip(), None) for part in text.split(separator) if part.strip()]
@@ -203,7 +203,7 @@ def _parse(line: str, number: int, source: str) -> Example:
 
     try:
         fields = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise fail(f"not JSON ({error})", "Each line is one JSON object", "Correct the line") from None
     try:
         json.dumps(fields, ensure_ascii=False).encode()

@@ -100,6 +100,8 @@ def test_a_header_of_any_json_is_whole_or_a_model_error(header, tmp_path):
 
 
 @files
+@example(index={"weight_map": {"": ""}})
+@example(index={"weight_map": {"a": "\0"}})
 @given(index=values | st.fixed_dictionaries({"weight_map": values}))
 def test_an_index_of_any_json_is_whole_or_a_model_error(index, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -232,6 +234,9 @@ def test_a_full_disk_is_known_by_any_library_s_error(error, full):
 
 
 @files
+@example(source="\x85", matrix="a|b")
+@example(source="\xa0", matrix="`\n| a")
+@example(source="\U0001f600: [", matrix="")
 @given(source=st.text(st.characters(codec="utf-8"), max_size=30), matrix=st.text(max_size=30))
 def test_no_name_breaks_out_of_a_model_card(source, matrix):
     edit = Edit(matrix=matrix, layer=0, type="fc_in", shape=(4, 4), rho=0.5, rank=2)

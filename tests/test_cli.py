@@ -399,6 +399,26 @@ def test_help_exits_with_0_and_lists_every_option(verb):
     assert all(word in stdout for word in (OPTIONS[verb[0]] if verb else OPTIONS) if word.islower())
 
 
+def test_paths_are_printed_whole_so_that_other_programs_can_use_them(searched, tiny_llama_folder, tmp_path):
+    long = tmp_path / ("a long name " * 12).strip()
+    shutil.copytree(searched[0], long)
+    assert succeed("report", long).stdout == f"{long / 'report.html'}\n"
+    assert (
+        str(long / "out" / "model")
+        in succeed("apply", tiny_llama_folder, long, "--dense", "--out", long / "out").stdout
+    )
+
+
+def test_the_demo_finds_a_cut_that_brings_the_facts_back_and_shows_it(tmp_path):
+    stdout = succeed("demo", "--out", tmp_path / "out").stdout
+    results = read(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert results["best"]["test_gain"]["interval"][0] > 0.5
+    assert results["best"]["edit"]["matrix"] in stdout
+    assert all(flip["prompt"] for flip in results["flipped"])
+    assert sum(flip["prompt"] in stdout for flip in results["flipped"]) == 5
+
+
 def test_the_program_starts_as_a_module_too():
     ran = subprocess.run([sys.executable, "-m", "eckart.cli", "--help"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -12,8 +12,9 @@ SOURCE = Path(eckart.__file__).parent
 LAYERS = [
     {"errors"},
     {"truncation", "results", "dataflow"},
-    {"matrices", "prefix", "plan", "tasks"},
-    {"surgery", "encoding", "recipe"},
+    {"matrices", "plan", "tasks"},
+    {"surgery", "encoding"},
+    {"prefix", "recipe"},
     {"evaluate", "checkpoint", "report"},
     {"ledger"},
     {"search"},

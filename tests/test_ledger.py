@@ -118,6 +118,13 @@ def test_another_database_is_refused(path):
         Ledger(path, PRINT)
 
 
+def test_a_ledger_whose_schema_is_not_utf8_is_refused(path):
+    Ledger(path, PRINT).close()
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE trials", b"CREATE TABLE \x80rials"))
+    with pytest.raises(OutputError, match="cannot be used as a ledger"):
+        Ledger(path, PRINT)
+
+
 def test_a_folder_or_a_missing_one_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "trials.sqlite"):
         with pytest.raises(OutputError, match="cannot be used as a ledger"):

@@ -8,6 +8,7 @@ import torch
 
 import tiny_models as tiny
 from eckart import search as search_module
+from eckart.encoding import Block
 from eckart.errors import MatrixError, ModelError
 from eckart.evaluate import prepare, score, summarize
 from eckart.ledger import Ledger
@@ -69,15 +70,30 @@ def test_every_trial_is_that_of_brute_force(name):
     assert not any("do not form a chain" in warning for warning in result.warnings)
 
 
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+def test_the_architectures_for_which_prompts_are_read_once_are_known(name):
+    """Where sharing is not exact it must be off; that it is on is what makes a search fast."""
+    task = make_task("long", [Example(tiny.sentence(24, i), 0, (tiny.sentence(2, i + 50), "w9")) for i in range(4)])
+    encoded = prepare(tiny.build(name), tiny.tokenizer(), task)
+    # Windows of 8 tokens are shorter than these prompts; ALiBi and the older families build masks of their own.
+    plain = {"mistral", "gemma2", "gemma3", "falcon_rw", "bloom", "gpt_oss"}
+    assert (encoded.blocks[0].prompt is None) == (name in plain)
+
+
+def whole_batch(inputs):
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Block((), (), None, inputs, nothing, nothing, nothing, nothing, nothing)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "t5"])
 def test_a_pass_from_a_kept_block_gives_the_bits_of_the_whole_pass(name):
     model = tiny.build(name)
     model.config.use_cache = False
-    batches = [tiny.inputs(name, batch=2, tokens=n, seed=n) for n in (5, 9)]
+    batches = [whole_batch(tiny.inputs(name, batch=2, tokens=n, seed=n)) for n in (5, 9)]
     stacks = {path: stack for path, stack, _ in find_blocks(model)}
     cache = PrefixCache(model, list(stacks.items()), batches)
     with torch.inference_mode():
-        whole = [model(**batch).logits for batch in batches]
+        whole = [model(**batch.inputs).logits for batch in batches]
         for depth in range(len(stacks)):
             assert all(torch.equal(cache.forward(i).logits, whole[i]) for i in range(2)), depth
             cache.advance()
@@ -91,7 +107,7 @@ def test_a_kept_block_is_not_run_again():
         block.register_forward_hook(lambda *_, index=index: calls.append(index))
         block.mlp.register_forward_hook(lambda *_, index=index: calls.append(("mlp", index)))
     stacks = {path: stack for path, stack, _ in find_blocks(model)}
-    cache = PrefixCache(model, list(stacks.items()), [tiny.inputs("llama")])
+    cache = PrefixCache(model, list(stacks.items()), [whole_batch(tiny.inputs("llama"))])
     with torch.inference_mode():
         cache.advance()
         cache.advance()
@@ -107,11 +123,14 @@ def test_a_model_whose_blocks_are_no_chain_is_searched_with_whole_passes():
     first, last = model.model.layers[0], model.model.layers[2]
     # The state lives outside the hidden states, where the prefix cache cannot see it.
     first.mlp.register_forward_hook(lambda _m, _i, output: kept.update(value=output))
-    last.register_forward_hook(lambda _m, _i, output: output + kept.pop("value", 0))
+    last.register_forward_hook(
+        lambda _m, _i, output: output + (kept["value"] if kept["value"].shape == output.shape else 0)
+    )
     tokenizer, task = tiny.tokenizer(), labelled()
-    result = search(model, tokenizer, task, SMALL)
+    small_batches = SMALL.model_copy(update={"batch_tokens": 32})
+    result = search(model, tokenizer, task, small_batches)
     assert any("do not form a chain" in warning for warning in result.warnings)
-    encoded, expected = brute_force(model, tokenizer, task, SMALL)
+    encoded, expected = brute_force(model, tokenizer, task, small_batches)
     for trial in result.trials:
         want = summarize(encoded, expected[trial.edit.matrix, trial.edit.rank])
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)

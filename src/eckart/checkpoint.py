@@ -194,7 +194,7 @@ def check_safetensors(path: Path) -> None:
         expected = 8 + length + max(ends, default=0)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing. The index names it. Download it again.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise fail(f"its header cannot be read ({_first_line(error)})") from None
     if size != expected:
         raise fail(f"it has {size} bytes and should have {expected}")
@@ -318,7 +318,7 @@ def model_card(plan: Plan) -> str:
         return "`" + re.sub(r"[`|\s]+", " ", str(text)) + "`"
 
     rows = [f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |" for e in plan.edits]
-    base = yaml.safe_dump({"base_model": plan.model.source}, allow_unicode=True).rstrip("\n")
+    base = yaml.safe_dump({"base_model": plan.model.source}).rstrip("\n")
     return "\n".join(
         [
             "---",

@@ -216,7 +216,7 @@ def apply(
         from eckart.run import run_apply
 
         folder = run_apply(model, plan, out, device=device, dtype=dtype, force=force)
-        output.print(f"Wrote {escape(str(folder))}, which plain transformers loads.")
+        output.print(f"Wrote {escape(str(folder))}, which plain transformers loads.", soft_wrap=True)
 
 
 @app.command()
@@ -228,7 +228,7 @@ def report(
     from eckart.report import write_report
 
     with _reported(debug):
-        output.print(escape(str(write_report(run))))
+        output.print(escape(str(write_report(run))), soft_wrap=True)
 
 
 def main() -> None:
@@ -336,7 +336,9 @@ def _print_search(found: SearchResult) -> None:
 
 
 def _print_files(out: Path) -> None:
-    output.print(f"Report: {escape(str(out / 'report.html'))}\nPlan:   {escape(str(out / 'plan.json'))}")
+    output.print(
+        f"Report: {escape(str(out / 'report.html'))}\nPlan:   {escape(str(out / 'plan.json'))}", soft_wrap=True
+    )
 
 
 def _print_questions(found: SearchResult) -> None:

@@ -45,14 +45,6 @@ class Use:
     parts: dict[str, Tensor]  #: type -> sorted output rows; one entry when the weight is not fused
 
 
-@dataclass(frozen=True)
-class Dataflow:
-    """The result of `trace`."""
-
-    uses: dict[str, Use]  #: parameter name -> use, for every parameter that took part in a product
-    order: tuple[str, ...]  #: names of the blocks, in the order of their first execution
-
-
 @dataclass
 class _Product:
     parameter: str
@@ -207,7 +199,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     )
 
 
-def trace(model: nn.Module, blocks: Iterable[str], inputs: dict[str, Any]) -> Dataflow:
+def trace(model: nn.Module, blocks: Iterable[str], inputs: dict[str, Any]) -> dict[str, Use]:
     """Run the model once and learn what each of its weights does.
 
     Costs one forward pass over `inputs`; with a handful of tokens that is less than loading the weights.
@@ -219,11 +211,11 @@ def trace(model: nn.Module, blocks: Iterable[str], inputs: dict[str, Any]) -> Da
         inputs: Keyword arguments of `model.forward`.
 
     Returns:
-        The use of every parameter that took part in a product, and the order of the blocks.
+        Parameter name -> use, for every parameter that took part in a product.
 
     >>> import torch
     >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
-    >>> sorted(trace(mlp, [], {"input": torch.ones(1, 4)}).uses)
+    >>> sorted(trace(mlp, [], {"input": torch.ones(1, 4)}))
     ['0.weight', '2.weight']
     """
     parameters = {
@@ -232,12 +224,36 @@ def trace(model: nn.Module, blocks: Iterable[str], inputs: dict[str, Any]) -> Da
         if parameter.ndim in (2, 3) and parameter.is_floating_point()
     }
     recorder = _Recorder(parameters)
-    order: dict[str, None] = {}
     with _quiet(model), torch.inference_mode(False), torch.enable_grad():
-        with _blocks_cut(model, blocks, recorder, order), recorder:
+        with _blocks_cut(model, blocks, recorder), recorder:
             model(**inputs)
-        uses = _classify(recorder)
-    return Dataflow(uses, tuple(order))
+        return _classify(recorder)
+
+
+def execution_order(model: nn.Module, names: Iterable[str], inputs: dict[str, Any]) -> tuple[str, ...]:
+    """Run the model once and note the order in which modules run.
+
+    Args:
+        model: Any model; as before when this returns.
+        names: Modules, as in `named_modules`.
+        inputs: Keyword arguments of `model.forward`.
+
+    Returns:
+        Those of the names that ran, in the order of their first run.
+    """
+    order: dict[str, None] = {}
+
+    def entering(name: str) -> Any:
+        return lambda *_: order.setdefault(name)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(entering(name)) for name in names]
+    try:
+        with _quiet(model), torch.inference_mode():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(order)
 
 
 @contextmanager
@@ -264,22 +280,18 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _blocks_cut(model: nn.Module, blocks: Iterable[str], recorder: _Recorder, order: dict[str, None]) -> Iterator[None]:
-    """Make every tensor that enters a block a labelled leaf, and note the order of execution."""
+def _blocks_cut(model: nn.Module, blocks: Iterable[str], recorder: _Recorder) -> Iterator[None]:
+    """Make every tensor that enters a block a labelled leaf."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             return recorder.leaf(value, BLOCK, "")
         return value
 
-    def enter(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            order.setdefault(name)
-            return tuple(cut(a) for a in args), {key: cut(value) for key, value in kwargs.items()}
+    def entering(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return tuple(cut(a) for a in args), {key: cut(value) for key, value in kwargs.items()}
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in blocks]
+    handles = [model.get_submodule(name).register_forward_pre_hook(entering, with_kwargs=True) for name in blocks]
     try:
         yield
     finally:

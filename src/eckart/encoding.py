@@ -14,7 +14,7 @@ gets it at its end. Encoder-decoders: the encoder reads the prompt, the decoder 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from eckart.tasks import Task
 
 ModelKind = Literal["causal", "masked", "encoder_decoder"]
 Overlong = Literal["error", "truncate"]
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Block:
     """Indices into the encoded examples."""
     choices: tuple[int, ...]
     """Number of sequences of each of them."""
+    prompt: Tensor | None
+    """Token ids of what all answers of an example share, shape (batch, tokens), read first and once into a
+    key-value cache that `inputs` continue; None where `inputs` hold everything."""
     inputs: dict[str, Tensor]
     """Keyword arguments of the model, padded on the right."""
     rows: Tensor
@@ -73,8 +77,14 @@ class Block:
     def to(self, device: torch.device) -> Block:
         """Move every tensor to a device."""
         moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        prompt = None if self.prompt is None else self.prompt.to(device)
         fields = [getattr(self, name).to(device) for name in ("rows", "columns", "position", "target", "sequence")]
-        return Block(self.examples, self.choices, moved, *fields)
+        return Block(self.examples, self.choices, prompt, moved, *fields)
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads, padding included."""
+        return self.inputs["input_ids"].numel() + (0 if self.prompt is None else self.prompt.numel())
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,8 @@ class Encoded:
     """Every answer of an open task is one token, so its accuracy is that of the argmax."""
     truncated: int
     """Examples that were cut to the model's context."""
+    sequences: tuple[tuple[Sequence_, ...], ...]
+    """What is scored of each example, whatever the layout."""
 
 
 def model_kind(model: nn.Module, tokenizer: Any) -> ModelKind:
@@ -153,7 +165,7 @@ def encode(
     kind: ModelKind,
     *,
     context: int | None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     overlong: Overlong = "error",
     window: int | None = None,
     stride: int | None = None,
@@ -198,7 +210,114 @@ def encode(
     blocks = tuple(_layout(items, group, kind, pad) for group in _group(items, batch_tokens))
     tokens = tuple(len(sequences[answer].targets) for sequences, answer in zip(items, gold))
     single = task.kind == "open" and all(count == 1 for count in tokens)
-    return Encoded(task, kind, blocks, len(items), tokens, single, truncated)
+    return Encoded(task, kind, blocks, len(items), tokens, single, truncated, tuple(map(tuple, items)))
+
+
+def share_prompts(encoded: Encoded, batch_tokens: int) -> Encoded | None:
+    """Lay a causal task out so that every prompt is read once, whatever its number of answers.
+
+    A block is read in two passes: the prompts, but for their last token, into a key-value cache; then what the
+    answers have each for themselves, packed into one row an example, under a mask that keeps them apart. The
+    first pass needs no logits, so it can end at the keys and values of the last layer.
+
+    Args:
+        encoded: A task of a causal model.
+        batch_tokens: As for `encode`.
+
+    Returns:
+        The same task in other blocks; None where prompts are too short for it to pay.
+    """
+    packs = [_pack(sequences) for sequences in encoded.sequences]
+    if sum(pack.shared for pack in packs) < 4 * len(packs):
+        return None
+    order = sorted(range(len(packs)), key=lambda i: (-packs[i].shared, -len(packs[i].ids), i))
+    groups: list[list[int]] = []
+    shared = own = 0
+    for index in order:
+        shared, own = max(shared, packs[index].shared), max(own, len(packs[index].ids))
+        if groups and (len(groups[-1]) + 1) * (shared + own) <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            shared, own = packs[index].shared, len(packs[index].ids)
+    blocks = tuple(_layout_shared(encoded.sequences, packs, group) for group in groups)
+    return replace(encoded, blocks=blocks)
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """The answers of one example in one row, behind the `shared` first tokens of all of them."""
+
+    shared: int
+    ids: tuple[int, ...]
+    starts: dict[tuple[int, ...], int]
+    """Tokens that an answer reads behind the shared ones -> where they begin in `ids`."""
+
+
+def _pack(sequences: Sequence[Sequence_]) -> _Pack:
+    rows = [sequence.row.ids for sequence in sequences]
+    shared = min(sequence.positions[0] for sequence in sequences)
+    while len({row[:shared] for row in rows}) > 1:
+        shared -= 1
+    ids: list[int] = []
+    starts: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        if row[shared:] not in starts:
+            starts[row[shared:]] = len(ids)
+            ids.extend(row[shared:])
+    return _Pack(shared, tuple(ids), starts)
+
+
+def _layout_shared(items: Sequence[Sequence[Sequence_]], packs: Sequence[_Pack], group: list[int]) -> Block:
+    width = max(packs[index].shared for index in group)
+    own = max(len(packs[index].ids) for index in group)
+    prompts = [items[index][0].row.ids[: packs[index].shared] or (0,) for index in group]
+    visible = torch.zeros(len(group), 1, own, width + own, dtype=torch.bool)
+    visible[:, 0, :, width:] = torch.eye(own, dtype=torch.bool)  # padding sees itself, so no row is empty
+    position_ids = torch.zeros(len(group), own, dtype=torch.long)
+    scored = _Scored()
+    for row, index in enumerate(group):
+        pack = packs[index]
+        for tail, start in pack.starts.items():
+            end = start + len(tail)
+            visible[row, 0, start:end, : pack.shared] = True
+            visible[row, 0, start:end, width + start : width + end] = torch.ones(len(tail), len(tail)).tril().bool()
+            position_ids[row, start:end] = torch.arange(pack.shared, pack.shared + len(tail))
+        for sequence in items[index]:
+            start = pack.starts[sequence.row.ids[pack.shared :]]
+            scored.add(row, [start + position - pack.shared for position in sequence.positions], sequence.targets)
+    inputs = {
+        "input_ids": _padded([packs[index].ids for index in group], None),
+        "position_ids": position_ids,
+        "attention_mask": visible,
+    }
+    prompt = _padded(prompts, None)
+    choices = tuple(len(items[index]) for index in group)
+    return Block(tuple(group), choices, prompt, inputs, *scored.tensors())
+
+
+class _Scored:
+    """Collects where scored predictions lie; equal positions are kept once."""
+
+    def __init__(self) -> None:
+        self.places: dict[tuple[int, int], int] = {}
+        self.position: list[int] = []
+        self.target: list[int] = []
+        self.owner: list[int] = []
+        self.count = 0
+
+    def add(self, row: int, columns: Iterable[int], targets: Iterable[int]) -> None:
+        """Add one sequence."""
+        for column, token in zip(columns, targets):
+            self.position.append(self.places.setdefault((row, column), len(self.places)))
+            self.target.append(token)
+            self.owner.append(self.count)
+        self.count += 1
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Give rows, columns, position, target and sequence of a block."""
+        rows, columns = zip(*self.places)
+        return tuple(map(torch.tensor, (rows, columns, self.position, self.target, self.owner)))
 
 
 def join(prompt: str, answer: str) -> tuple[str, str]:
@@ -387,7 +506,7 @@ def _length(row: Row) -> int:
     return len(row.ids) + len(row.decoder_ids)
 
 
-def _group(items: Sequence[list[Sequence_]], batch_tokens: int) -> list[list[int]]:
+def _group(items: Sequence[Sequence[Sequence_]], batch_tokens: int) -> list[list[int]]:
     """Cut the examples, longest first, into groups of at most `batch_tokens` padded tokens."""
     order = sorted(range(len(items)), key=lambda i: (-max(_length(s.row) for s in items[i]), i))
     groups: list[list[int]] = []
@@ -405,17 +524,12 @@ def _group(items: Sequence[list[Sequence_]], batch_tokens: int) -> list[list[int
     return groups
 
 
-def _layout(items: Sequence[list[Sequence_]], group: list[int], kind: ModelKind, pad: int) -> Block:
-    sequences = [sequence for index in group for sequence in items[index]]
-    rows = _rows_of(sequences)
-    places: dict[tuple[int, int], int] = {}
-    position, target, owner = [], [], []
-    for number, sequence in enumerate(sequences):
-        for column, token in zip(sequence.positions, sequence.targets):
-            place = (rows[sequence.row], column)
-            position.append(places.setdefault(place, len(places)))
-            target.append(token)
-            owner.append(number)
+def _layout(items: Sequence[Sequence[Sequence_]], group: list[int], kind: ModelKind, pad: int) -> Block:
+    rows = _rows_of(sequence for index in group for sequence in items[index])
+    scored = _Scored()
+    for index in group:
+        for sequence in items[index]:
+            scored.add(rows[sequence.row], sequence.positions, sequence.targets)
     # A causal model never looks at what follows, so its padding needs no mask and may be any token.
     inputs = {"input_ids": _padded([row.ids for row in rows], None if kind == "causal" else pad)}
     if kind != "causal":
@@ -423,16 +537,7 @@ def _layout(items: Sequence[list[Sequence_]], group: list[int], kind: ModelKind,
         inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
     if kind == "encoder_decoder":
         inputs["decoder_input_ids"] = _padded([row.decoder_ids for row in rows], pad)
-    return Block(
-        tuple(group),
-        tuple(len(items[index]) for index in group),
-        inputs,
-        torch.tensor([row for row, _ in places]),
-        torch.tensor([column for _, column in places]),
-        torch.tensor(position),
-        torch.tensor(target),
-        torch.tensor(owner),
-    )
+    return Block(tuple(group), tuple(len(items[index]) for index in group), None, inputs, *scored.tensors())
 
 
 def _padded(rows: list[tuple[int, ...]], pad: int | None) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart.encoding import Block, Encoded, context_length, encode, model_kind, prompt_tokens
+from eckart.encoding import (
+    BATCH_TOKENS,
+    Block,
+    Encoded,
+    context_length,
+    encode,
+    model_kind,
+    prompt_tokens,
+    share_prompts,
+)
 from eckart.matrices import output_embeddings
+from eckart.prefix import run_block
 from eckart.results import Measurement, mean, perplexity
 from eckart.tasks import Task, majority_answer
 
@@ -49,7 +59,7 @@ class BlockScores:
     rank: list[int] = field(default_factory=list)
 
 
-Forward = Callable[[int, Block], Any]
+Forward = Callable[[int], Any]
 
 
 def evaluate(
@@ -108,10 +118,60 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     """
     kind = model_kind(model, tokenizer)
     start = getattr(model.config, "decoder_start_token_id", None) or 0
-    encoded = encode(task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding)
-    device = next(model.parameters()).device
-    blocks = tuple(block.to(device) for block in encoded.blocks)
-    return Encoded(task, kind, blocks, encoded.count, encoded.tokens, encoded.single_token, encoded.truncated)
+    plain = encode(task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding)
+    plain = _on_device(model, plain)
+    if kind != "causal" or task.kind == "text":
+        return plain
+    shared = share_prompts(plain, encoding.get("batch_tokens", BATCH_TOKENS))
+    if shared is None:
+        return plain
+    shared = _on_device(model, shared)
+    return shared if _same_likelihoods(model, shared, plain) else plain
+
+
+def _on_device(model: nn.Module, encoded: Encoded) -> Encoded:
+    """Move blocks to the model, and masks from true and false to what attention adds to its scores."""
+    parameter = next(model.parameters())
+    blocks = []
+    for block in encoded.blocks:
+        moved = block.to(parameter.device)
+        mask = moved.inputs.get("attention_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            hidden = torch.zeros(mask.shape, dtype=parameter.dtype, device=mask.device)
+            moved.inputs["attention_mask"] = hidden.masked_fill_(~mask, torch.finfo(parameter.dtype).min)
+        blocks.append(moved)
+    return replace(encoded, blocks=tuple(blocks))
+
+
+def _same_likelihoods(model: nn.Module, shared: Encoded, plain: Encoded) -> bool:
+    """Check on the longest examples whether a model scores answers behind a shared prompt as by themselves.
+
+    Models with sliding windows shorter than the prompt, ALiBi or other masks of their own do not.
+    """
+    wanted = set(shared.blocks[0].examples)
+    try:
+        found = _likelihoods(model, shared, [0])
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False  # the model takes no cache, position ids or mask of this kind
+    blocks = [index for index, block in enumerate(plain.blocks) if wanted & set(block.examples)]
+    expected = _likelihoods(model, plain, blocks)
+    tolerance = 1e-5 if torch.finfo(next(model.parameters()).dtype).bits >= 32 else 2e-2
+    return all(
+        abs(found[index][number] - expected[index][number]) <= tolerance * (10 + len(sequence.targets))
+        for index in wanted
+        for number, sequence in enumerate(plain.sequences[index])
+    )
+
+
+def _likelihoods(model: nn.Module, encoded: Encoded, blocks: Sequence[int]) -> dict[int, NDArray[Any]]:
+    """Summed log-likelihoods of every answer, by example."""
+    found = {}
+    for number in blocks:
+        block = encoded.blocks[number]
+        with torch.inference_mode(), only_positions(model, block.rows, block.columns) as logits_of:
+            likelihood, _, _ = _read(logits_of(run_block(model, block)), block)
+        found.update(zip(block.examples, np.split(likelihood, np.cumsum(block.choices)[:-1])))
+    return found
 
 
 def score_block(
@@ -131,14 +191,14 @@ def score_block(
         encoded: The task in blocks.
         index: Which block.
         normalize: As for `evaluate`.
-        forward: Runs the model on a block; by default the plain forward pass.
+        forward: Runs the model on the block of that index; by default from the first layer on.
 
     Returns:
         One entry an example, in the block's order.
     """
     block = encoded.blocks[index]
     with torch.inference_mode(), only_positions(model, block.rows, block.columns) as logits_of:
-        output = forward(index, block) if forward else model(**block.inputs)
+        output = forward(index) if forward else run_block(model, block)
         logits = logits_of(output)
     likelihood, rank, best = _read(logits, block)
     return _judge(model, tokenizer, encoded, block, likelihood, rank, best, normalize)

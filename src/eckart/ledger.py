@@ -57,7 +57,7 @@ class Ledger:
                 with self._connection:  # all or none, whatever happens inside
                     self._connection.execute("BEGIN IMMEDIATE")
                     self._connection.executemany("INSERT INTO about VALUES (?, ?)", sorted(fingerprint.items()))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:  # ValueError: names in a damaged file need not be UTF-8
             raise self._unusable(error) from error
         for key in sorted(fingerprint.keys() | known.keys()) if known else ():
             if known.get(key) != fingerprint.get(key):
@@ -77,7 +77,7 @@ class Ledger:
         """Nothing was measured yet, for sure."""
         try:
             return self._connection.execute("SELECT 1 FROM trials LIMIT 1").fetchone() is None
-        except sqlite3.Error:
+        except (sqlite3.Error, ValueError):
             return False
 
     def known(self, part: str, edit: str) -> dict[int, BlockScores]:
@@ -117,7 +117,7 @@ class Ledger:
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", rows)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error}. What was recorded before is kept. "
                 "Free space and give the same command again: it resumes."

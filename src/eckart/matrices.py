@@ -79,11 +79,11 @@ def find_matrices(model: nn.Module, inputs: dict[str, Any] | None = None) -> tup
     ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc_in', 'fc_up', 'fc_out']
     """
     blocks = find_blocks(model)
-    flow = trace(model, [name for name, _, _ in blocks], inputs or example_inputs(model))
+    traced = trace(model, [name for name, _, _ in blocks], inputs or example_inputs(model))
     embeddings = _embedding_parameters(model)
     places = {name: (stack, layer) for name, stack, layer in blocks}
     parameters = dict(model.named_parameters())
-    uses = {name: (use.transposed, use.parts) for name, use in flow.uses.items()}
+    uses = {name: (use.transposed, use.parts) for name, use in traced.items()}
 
     # A weight that the probe did not reach (an expert that no token chose) is used as its siblings are.
     by_template = {(_template(name), parameters[name].shape): use for name, use in uses.items()}

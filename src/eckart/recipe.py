@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from eckart.encoding import BATCH_TOKENS
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
 from eckart.truncation import rank_of
@@ -25,7 +26,7 @@ class Settings(BaseModel):
     normalize: Literal["none", "tokens"] = Field(
         default="none", description="compare choices by summed or mean log-likelihood"
     )
-    batch_tokens: int = Field(default=2048, ge=1, description="most tokens in a batch, padding included")
+    batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="most tokens in a batch, padding included")
     overlong: Literal["error", "truncate"] = Field(default="error", description="prompts longer than the context")
     window: int | None = Field(
         default=None, ge=2, description="tokens of a perplexity window; default the context, at most 1024"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from eckart import truncation
-from eckart.dataflow import example_inputs, trace
+from eckart.dataflow import example_inputs, execution_order
 from eckart.encoding import Encoded
 from eckart.evaluate import (
     LOSS_UNIT,
@@ -36,7 +36,7 @@ from eckart.evaluate import (
 from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, coverage, find_blocks, find_matrices, partition, read, select, write
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
-from eckart.prefix import PrefixCache, agrees
+from eckart.prefix import PrefixCache, agree, run_block
 from eckart.recipe import SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, Measurement, environment, paired_gain
 from eckart.surgery import applied, check_finite, make_edit, replacement, weights_sha256
@@ -286,19 +286,15 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         engine.measure(encoded, "validation", None, ())
         smallest = min((matrix for matrix, _ in grid), key=lambda m: m.shape[0] * m.shape[1])
         engine._timed("svd", lambda: truncation.decompose(read(model, smallest)))
-        order, _ = _execution_order(model)
+        walk = _Walk(model, encoded)
 
     def svd_cost(matrix: Matrix) -> int:
         return matrix.shape[0] * matrix.shape[1] * matrix.rank
 
-    depths = {path: depth for depth, path in enumerate(order)}
-    shares = [
-        len(edits) * (1 - depths.get(f"{matrix.stack}.{matrix.layer}", 0) / max(1, len(order)))
-        for matrix, edits in grid
-    ]
+    shares = [len(edits) * (1 - walk.place(matrix)[0] / max(1, len(walk.depths))) for matrix, edits in grid]
     svd = engine.seconds["svd"] * sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
     item = next(model.parameters()).element_size()
-    tokens = sum(block.inputs["input_ids"].numel() for block in encoded.blocks)
+    tokens = sum(block.size for block in encoded.blocks)
     config: Any = model.config
     # Proving takes three passes over the test examples: unedited, winner, random components.
     proving = 3 * len(test.examples) / len(validation.examples)
@@ -358,34 +354,21 @@ class _Engine:
         encoded: Encoded,
         progress: Callable[[Progress], None] | None,
     ) -> tuple[tuple[Trial, ...], Measurements]:
-        """Measure every edit of the grid, block by block."""
+        """Measure every edit of the grid, in the order in which the model runs its matrices."""
         baseline = summarize(encoded, self.measure(encoded, "validation", None, matrices))
-        order, stacks = _execution_order(self.model)
-        cache = PrefixCache(self.model, [(path, stacks[path]) for path in order], [b.inputs for b in encoded.blocks])
-        depths = {path: depth for depth, path in enumerate(order)}
+        walk = _Walk(self.model, encoded)
         total = sum(len(edits) for _, edits in grid)
         trials: dict[str, Trial] = {}
         best: Trial | None = None
-
-        def depth_of(matrix: Matrix) -> int:
-            return depths.get(f"{matrix.stack}.{matrix.layer}", 0)
-
-        by_depth = sorted(range(len(grid)), key=lambda i: depth_of(grid[i][0]))
-        exact = True
-        for number in by_depth:
-            matrix, edits = grid[number]
+        for matrix, edits in sorted(grid, key=lambda item: walk.place(item[0])):
             missing = [e for e in edits if len(self.ledger.known("validation", _key(e))) < len(encoded.blocks)]
-            if missing and exact:
-                advanced = cache.depth < depth_of(matrix)
-                while cache.depth < depth_of(matrix):
-                    self._timed("forward", cache.advance)
-                exact = not advanced or self._prefix_is_exact(cache, encoded)
-            forward = (lambda index, _block: cache.forward(index)) if exact else None
+            if missing:
+                self._timed("forward", lambda matrix=matrix: walk.to(matrix))
             with self._edits(matrix, missing) as edited:
                 for edit in edited:
                     key = _key(edit)
                     known = self.ledger.known("validation", key)
-                    self._score(encoded, "validation", key, known, forward)
+                    self._score(encoded, "validation", key, known, walk.forward)
             for edit in edits:
                 known = self.ledger.known("validation", _key(edit))
                 scores = assemble(encoded, [known[index] for index in range(len(encoded.blocks))])
@@ -394,6 +377,11 @@ class _Engine:
                 best = choose([t for t in (best, trial) if t], baseline) or best
                 if progress is not None:
                     progress(Progress(len(trials), total, "searching", best, baseline))
+        if not walk.exact:
+            self.warnings.append(
+                "This model's blocks do not form a chain, so nothing before an edited block could be reused: "
+                "the search ran the whole model for every edit."
+            )
         return tuple(trials[_key(edit)] for _, edits in grid for edit in edits), baseline
 
     @contextmanager
@@ -441,20 +429,6 @@ class _Engine:
         self.ledger.add(part, key, fresh)
         return fresh
 
-    def _prefix_is_exact(self, cache: PrefixCache, encoded: Encoded) -> bool:
-        """Compare the shortened pass with the full one on the smallest batch."""
-        index = min(range(len(encoded.blocks)), key=lambda i: encoded.blocks[i].inputs["input_ids"].numel())
-        block = encoded.blocks[index]
-        with only_positions(self.model, block.rows, block.columns) as logits_of:
-            expected = logits_of(self.model(**block.inputs))
-            exact = agrees(cache, index, expected, logits_of)
-        if not exact:
-            self.warnings.append(
-                "This model's blocks do not form a chain, so nothing before an edited block could be reused: "
-                "the search ran the whole model for every edit."
-            )
-        return exact
-
     def _timed(self, what: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
         try:
@@ -463,11 +437,57 @@ class _Engine:
             self.seconds[what] += time.perf_counter() - started
 
 
-def _execution_order(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Paths of the blocks in the order in which they run, and the list each lies in."""
-    blocks = find_blocks(model)
-    stacks = {path: stack for path, stack, _ in blocks}
-    return trace(model, stacks, example_inputs(model)).order, stacks
+class _Walk:
+    """Takes the prefix cache from matrix to matrix, and stops using it where it is not exact."""
+
+    def __init__(self, model: nn.Module, encoded: Encoded):
+        blocks = find_blocks(model)
+        stacks = {path: stack for path, stack, _ in blocks}
+        children = [f"{path}.{name}" for path in stacks for name, _ in model.get_submodule(path).named_children()]
+        order = execution_order(model, [*stacks, *children], example_inputs(model))
+        running = [path for path in order if path in stacks]
+        self.depths = {path: depth for depth, path in enumerate(running)}
+        self.children = {path: [c for c in order if c.rpartition(".")[0] == path] for path in running}
+        self.cache = PrefixCache(model, [(path, stacks[path]) for path in running], encoded.blocks)
+        self.model, self.encoded = model, encoded
+        self.exact = True
+        self._expected: torch.Tensor | None = None
+
+    def place(self, matrix: Matrix) -> tuple[int, int]:
+        """Where a matrix runs: blocks before it, and modules of its own block before it."""
+        block = f"{matrix.stack}.{matrix.layer}"
+        inside = matrix.parameter.removeprefix(f"{block}.").split(".")[0]
+        children = self.children.get(block, [])
+        child = f"{block}.{inside}"
+        return self.depths.get(block, 0), children.index(child) if child in children else 0
+
+    def to(self, matrix: Matrix) -> None:
+        """Skip everything that runs before a matrix. The model must hold its unedited weights."""
+        depth, inside = self.place(matrix)
+        moved = False
+        while self.exact and self.cache.depth < depth:
+            self.cache.advance()
+            moved = True
+        for child in self.children.get(f"{matrix.stack}.{matrix.layer}", [])[:inside]:
+            if self.exact and any(True for _ in self.model.get_submodule(child).parameters()):
+                moved |= self.cache.enter(child)
+        if moved:
+            self.exact = agree(self._logits(self.cache.forward), self._whole())
+
+    def forward(self, index: int) -> Any:
+        """Run one batch through what an edit of the current matrix can change."""
+        return self.cache.forward(index) if self.exact else run_block(self.model, self.encoded.blocks[index])
+
+    def _whole(self) -> torch.Tensor:
+        if self._expected is None:
+            self._expected = self._logits(lambda index: run_block(self.model, self.encoded.blocks[index]))
+        return self._expected
+
+    def _logits(self, forward: Callable[[int], Any]) -> torch.Tensor:
+        # The first block: the cache ran the last one last, and a model with a memory would still know it.
+        block = self.encoded.blocks[0]
+        with only_positions(self.model, block.rows, block.columns) as logits_of:
+            return logits_of(forward(0))
 
 
 @contextmanager

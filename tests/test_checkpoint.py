@@ -14,11 +14,22 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from eckart.checkpoint import check_folder, check_safetensors, is_full_disk, load, model_card, new_folder
+import tiny_models as tiny
+from eckart.checkpoint import (
+    check_folder,
+    check_safetensors,
+    is_full_disk,
+    load,
+    load_model,
+    model_card,
+    new_folder,
+)
 from eckart.checkpoint import save as save_model
 from eckart.errors import ModelError, OutputError
-from eckart.plan import Edit, MadeBy, Plan, PlannedModel
-from tiny_models import build
+from eckart.matrices import find_matrices, partition, read
+from eckart.plan import Edit, MadeBy, Plan, PlannedModel, write_plan
+from eckart.run import run_apply
+from eckart.surgery import make_edit, weights_sha256
 
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 WHOLE = save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, {"format": "pt"})
@@ -136,7 +147,7 @@ def test_a_shard_outside_the_folder_is_refused(tiny_llama_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "mixtral", "bert", "t5"])
 def test_saved_and_loaded_is_equal_to_the_bit(name, tiny_llama_folder, tmp_path):
-    model = build(name)
+    model = tiny.build(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_folder)
     folder = save_model(model, tmp_path / "out", tokenizer)
     loaded, again = load(str(folder), dtype="stored")
@@ -247,3 +258,24 @@ def test_no_name_breaks_out_of_a_model_card(source, matrix):
     rows = [line for line in body.split("\n") if line.startswith("|")]
     assert len(rows) == 3
     assert {row.count("|") for row in rows} == {6}
+
+
+@pytest.mark.parametrize("name", ["vit", "decision_transformer"])
+def test_models_that_read_no_tokens_are_edited_and_saved_without_a_tokenizer(name, tmp_path):
+    model = tiny.build(name)
+    model.save_pretrained(tmp_path / "original")
+    loaded = load_model(str(tmp_path / "original"))
+    matrices = find_matrices(loaded)
+    matrix = next(m for m in matrices if m.type == "fc_out" and m.layer == 1)
+    planned = PlannedModel(source="x", architecture="y", weights_sha256=weights_sha256(loaded))
+    plan = Plan(model=planned, edits=(make_edit(matrix, 0.25),), made_by=MadeBy(eckart="0"))
+    write_plan(tmp_path / "plan.json", plan)
+    folder = run_apply(str(tmp_path / "original"), tmp_path / "plan.json", tmp_path / "out")
+    edited = type(model).from_pretrained(folder)
+    weight = read(model, matrix)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    rank = max(1, min(weight.shape) // 4)
+    torch.testing.assert_close(read(edited, matrix), (u[:, :rank] * s[:rank]) @ vh[:rank], atol=1e-5, rtol=1e-4)
+    for other in partition(matrices):
+        if other != matrix:
+            assert torch.equal(read(edited, other), read(model, other))

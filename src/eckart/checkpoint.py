@@ -43,22 +43,32 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        ModelError: There is no such model, its files are damaged, pickled or incomplete, or it needs
-            remote code.
+        ModelError: There is no such model, its files are damaged, pickled or incomplete, it has no tokenizer, or
+            it needs remote code.
+    """
+    return load_model(source, device=device, dtype=dtype), load_tokenizer(source)
+
+
+def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """Load a model as `load` does, without a tokenizer, which not every model has.
+
+    Args:
+        source: As for `load`.
+        device: As for `load`.
+        dtype: As for `load`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: As for `load`.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
     where = _device(device)
-    folder = Path(source).expanduser()
-    local = folder.is_dir()
+    name, local = _resolve(source)
     if local:
-        check_folder(folder)
-    elif source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
-        raise ModelError(
-            f"{source} is not a folder. MODEL is a folder with config.json and safetensors, or a Hugging Face id "
-            "such as gpt2 or owner/name. Check the path."
-        )
-    name: Any = str(folder) if local else source
+        check_folder(Path(name))
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -82,19 +92,46 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any
         )
     if dtype == "auto" and where.type == "cpu":
         model = model.to(torch.promote_types(model.dtype, torch.float32))
+    return model.to(where).eval()
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load a model's tokenizer.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: There is none.
+    """
+    name, local = _resolve(source)
+    problem = "it is empty"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # as above
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        if tokenizer.vocab_size:
+            return tokenizer
+    except Exception as error:  # as from_pretrained of a model
+        problem = _first_line(error)
+    raise ModelError(
+        f"{source} has no usable tokenizer: {problem}. A tokenizer.json lies beside the weights. "
+        "Copy it from where the model came from."
+    )
+
+
+def _resolve(source: str) -> tuple[str, bool]:
+    """Give the name to load from, and whether it is a folder."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder), True
+    if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
         raise ModelError(
-            f"{source} has no usable tokenizer: {_first_line(error)}. A tokenizer.json lies beside the weights. "
-            "Copy it from where the model came from."
-        ) from error
-    if tokenizer.vocab_size == 0:
-        raise ModelError(
-            f"{source} has no usable tokenizer. A tokenizer.json lies beside the weights. "
-            "Copy it from where the model came from."
+            f"{source} is not a folder. MODEL is a folder with config.json and safetensors, or a Hugging Face id "
+            "such as gpt2 or owner/name. Check the path."
         )
-    return model.to(where).eval(), tokenizer
+    return source, False
 
 
 def _device(name: str) -> torch.device:

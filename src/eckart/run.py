@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eckart.checkpoint import check_empty, load, save
+from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save
 from eckart.errors import OutputError
 from eckart.evaluate import constant_answer, prepare, score, summarize
 from eckart.ledger import Ledger
@@ -214,9 +214,10 @@ def run_apply(
     folder = out / "model"
     check_empty(folder)
     plan = read_plan(plan_path)
-    model, tokenizer = load(source, device=device, dtype=dtype)
+    model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
     apply_(model, plan, force=force)
+    tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
     return save(model, folder, tokenizer, plan)
 
 

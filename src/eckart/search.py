@@ -141,7 +141,7 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
         settings: `types`, `layers`, `rho`, `kind` and `basis` restrict it.
 
     Returns:
-        Each chosen matrix with its edits, one a distinct rank (the largest rho of equal ranks is dropped).
+        Each chosen matrix with its edits, one for each distinct rank (of equal ranks the smallest rho stays).
 
     Raises:
         MatrixError: A type or layer that the model does not have.

@@ -3,7 +3,7 @@
     python benchmarks/search.py              # measure the four pairs of PAIRS
     python benchmarks/search.py --table      # the saved results as Markdown
 
-eckart's time is the whole call of `eckart.search.search`. The reference loop (`reference_loop.py`) is too slow to
+eckart's time is the whole call of `eckart.laser.search`. The reference loop (`reference_loop.py`) is too slow to
 run whole: some examples are run at some edits, and scaled to all examples and all edits. Its decompositions are
 timed for every edit of the grid. A ratio is formed within one repeat, so that a busy machine slows both sides.
 
@@ -32,12 +32,12 @@ import torch
 
 import reference_loop
 from eckart.checkpoint import load
-from eckart.evaluate import prepare, score, summarize
+from eckart.laser import SearchResult, Trial, choose, make_grid, search
 from eckart.matrices import Matrix, find_matrices
 from eckart.plan import Edit
 from eckart.recipe import SearchSettings
 from eckart.results import environment, to_json
-from eckart.search import SearchResult, Trial, choose, make_grid, search
+from eckart.scoring import prepare, score, summarize
 from eckart.surgery import applied
 from eckart.tasks import Example, Task, make_task, read_task, split
 

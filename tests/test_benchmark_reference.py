@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
-from eckart.evaluate import prepare, score
 from eckart.matrices import find_matrices
+from eckart.scoring import prepare, score
 from eckart.tasks import Example, make_task
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

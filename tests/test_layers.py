@@ -15,9 +15,10 @@ LAYERS = [
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"prefix", "recipe"},
-    {"evaluate", "checkpoint", "report"},
+    {"scoring", "checkpoint", "report"},
     {"ledger"},
-    {"search"},
+    {"sweep"},
+    {"laser"},
     {"run"},
     {"cli"},
 ]
@@ -88,3 +89,9 @@ def test_every_public_name_can_be_imported_and_is_typed():
     assert declared == set(eckart.__all__)
     for name in eckart.__all__:
         assert getattr(eckart, name).__doc__, name
+
+
+def test_no_module_hides_a_public_function():
+    """`eckart.search` must stay the function, whichever modules were imported before."""
+    modules = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    assert not modules & set(eckart.__all__)

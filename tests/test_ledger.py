@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eckart.errors import EckartError, OutputError
-from eckart.evaluate import BlockScores
 from eckart.ledger import Ledger, code_sha256
+from eckart.scoring import BlockScores
 
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 PRINT = {"weights": "a", "task": "b"}

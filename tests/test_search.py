@@ -6,18 +6,20 @@ import math
 import pytest
 import torch
 
+import eckart.laser as laser_module
+import eckart.sweep as sweep_module
 import tiny_models as tiny
-from eckart import search as search_module
 from eckart.encoding import Block
 from eckart.errors import MatrixError, ModelError
-from eckart.evaluate import prepare, score, summarize
+from eckart.laser import forecast, make_grid, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_blocks, find_matrices, read, select, write
 from eckart.prefix import PrefixCache
 from eckart.recipe import SearchSettings
 from eckart.results import Measurement, to_json
-from eckart.search import Trial, choose, forecast, make_grid, search
+from eckart.scoring import prepare, score, summarize
 from eckart.surgery import make_edit, weights_sha256
+from eckart.sweep import Trial, choose
 from eckart.tasks import Example, make_task, split
 
 SMALL = SearchSettings(types=("fc_in", "out_proj", "v_proj"), rho=(0.05, 0.5), split=0.5)
@@ -138,20 +140,19 @@ def test_a_model_whose_blocks_are_no_chain_is_searched_with_whole_passes():
 
 def test_each_matrix_is_decomposed_once(monkeypatch):
     count = []
-    decompose = search_module.truncation.decompose
-    monkeypatch.setattr(search_module.truncation, "decompose", lambda w: count.append(1) or decompose(w))
+    decompose = sweep_module.truncation.decompose
+    monkeypatch.setattr(sweep_module.truncation, "decompose", lambda w: count.append(1) or decompose(w))
     settings = SearchSettings(types=("mlp",), rho=(0.1, 0.3, 0.5, 0.9), split=0.5)
-    # An unbeatable baseline leaves the winner's decomposition out of the count.
-    monkeypatch.setattr(search_module, "choose", lambda trials, baseline: None)
     search(tiny.build("llama"), tiny.tokenizer(), labelled(), settings)
-    assert len(count) == 9
+    # Nine matrices; the winner's and the control's cut are made once more for the test examples.
+    assert len(count) == 9 + 2
 
 
 def test_test_examples_are_measured_three_times_however_many_edits_are_tried(monkeypatch):
     parts = []
-    measure = search_module._Engine.measure
+    measure = sweep_module.Meter.measure
     monkeypatch.setattr(
-        search_module._Engine,
+        sweep_module.Meter,
         "measure",
         lambda self, e, part, *rest: parts.append(part) or measure(self, e, part, *rest),
     )
@@ -213,7 +214,7 @@ def test_the_unedited_model_is_a_candidate():
 
 
 def test_without_a_better_edit_the_plan_is_empty(monkeypatch):
-    monkeypatch.setattr(search_module, "choose", lambda trials, baseline: None)
+    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline: None)
     result = search(tiny.build("llama"), tiny.tokenizer(), labelled(), SMALL)
     assert result.plan.edits == ()
     assert result.gain is None

@@ -15,7 +15,7 @@ _HOMES = {
     "load": "checkpoint",
     "save": "checkpoint",
     "EckartError": "errors",
-    "evaluate": "evaluate",
+    "evaluate": "scoring",
     "Matrix": "matrices",
     "coverage": "matrices",
     "find_matrices": "matrices",
@@ -29,8 +29,8 @@ _HOMES = {
     "SearchSettings": "recipe",
     "write_report": "report",
     "Measurement": "results",
-    "SearchResult": "search",
-    "search": "search",
+    "SearchResult": "laser",
+    "search": "laser",
     "applied": "surgery",
     "apply_": "surgery",
     "check_plan": "surgery",
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from eckart.checkpoint import load as load
     from eckart.checkpoint import save as save
     from eckart.errors import EckartError as EckartError
-    from eckart.evaluate import evaluate as evaluate
+    from eckart.laser import SearchResult as SearchResult
+    from eckart.laser import search as search
     from eckart.matrices import Matrix as Matrix
     from eckart.matrices import coverage as coverage
     from eckart.matrices import find_matrices as find_matrices
@@ -61,8 +62,7 @@ if TYPE_CHECKING:
     from eckart.recipe import SearchSettings as SearchSettings
     from eckart.report import write_report as write_report
     from eckart.results import Measurement as Measurement
-    from eckart.search import SearchResult as SearchResult
-    from eckart.search import search as search
+    from eckart.scoring import evaluate as evaluate
     from eckart.surgery import applied as applied
     from eckart.surgery import apply_ as apply_
     from eckart.surgery import check_plan as check_plan

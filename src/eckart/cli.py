@@ -21,9 +21,9 @@ from rich.table import Table
 from eckart.errors import EckartError
 
 if TYPE_CHECKING:
+    from eckart.laser import SearchResult
     from eckart.recipe import SearchSettings
     from eckart.results import Gain, Measurement
-    from eckart.search import SearchResult
     from eckart.tasks import Task
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from eckart.errors import OutputError
-from eckart.evaluate import BlockScores
+from eckart.scoring import BlockScores
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);

@@ -10,14 +10,14 @@ from typing import Any
 
 from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save
 from eckart.errors import OutputError
-from eckart.evaluate import constant_answer, prepare, score, summarize
+from eckart.laser import Progress, SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
 from eckart.plan import read_plan, write_plan
 from eckart.recipe import SearchSettings, Settings, write_recipe
 from eckart.report import render
 from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
-from eckart.search import Progress, SearchResult, forecast, search
+from eckart.scoring import constant_answer, prepare, score, summarize
 from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
 from eckart.tasks import Task
 

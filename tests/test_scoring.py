@@ -9,7 +9,7 @@ import torch
 
 import tiny_models as tiny
 from eckart.errors import TaskError
-from eckart.evaluate import (
+from eckart.scoring import (
     Scores,
     constant_answer,
     evaluate,

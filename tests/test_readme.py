@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def part(name):
@@ -15,8 +15,8 @@ def part(name):
 
 def test_the_demo_prints_what_the_readme_shows(program, tmp_path):
     result = program("demo", "--out", tmp_path / "demo")
-    assert result.returncode == 0, result.stderr
-    printed = {line.strip() for line in result.stdout.splitlines()}
+    assert result.status == 0, result.err
+    printed = {line.strip() for line in result.out.splitlines()}
     shown = [line.strip() for line in part("demo output").strip().strip("`").splitlines() if line.strip()]
     assert len(shown) > 12
     for line in shown:

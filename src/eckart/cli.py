@@ -261,6 +261,7 @@ def _silence_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _search(
@@ -317,7 +318,7 @@ def _print_search(found: SearchResult) -> None:
         output.print(f"Best edit: [bold]{escape(edit.matrix)}[/] ({edit.type}) to {what}\n")
     else:
         output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
-    table = Table("test examples", "unedited", "edited", "gain, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("test examples", "unedited", "edited", "change, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
     gains = {"accuracy": found.gain, "loss": found.loss_gain}
     for name, before in found.baseline["test"].items():
         after = _number(found.best["test"][name]) if found.plan.edits else "–"

@@ -20,7 +20,19 @@ from eckart.matrices import (
     write,
 )
 
-GATED = {"llama", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe", "t5_gated", "gpt_oss"}
+GATED = {
+    "llama",
+    "llama_relu",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "t5_gated",
+    "gpt_oss",
+}
 FUSED_QKV = {"phi3", "gpt2", "gpt_neox", "falcon", "falcon_rw", "falcon_grouped", "bloom", "decision_transformer"}
 
 
@@ -82,7 +94,7 @@ def test_with_one_position_queries_and_keys_do_not_matter_and_values_do(found, n
 
 
 @pytest.mark.parametrize(("kind", "silent"), [("fc_up", True), ("fc_in", False)])
-@pytest.mark.parametrize("name", sorted(GATED - {"gpt_oss"}))
+@pytest.mark.parametrize("name", sorted(GATED - {"gpt_oss", "llama_relu"}))
 def test_up_is_the_half_of_a_gated_mlp_in_which_it_is_linear(found, name, kind, silent):
     """Doubling `up` and halving `down` cancels; doubling the gate goes through the activation and does not."""
     model, matrices = found[name]
@@ -96,6 +108,16 @@ def test_up_is_the_half_of_a_gated_mlp_in_which_it_is_linear(found, name, kind, 
     for matrix, weight in originals:
         write(model, matrix, weight)
     assert torch.allclose(before, after, atol=1e-4, rtol=1e-4) is silent
+
+
+def test_the_gate_of_a_relu_is_found_although_it_has_no_curvature(found):
+    model, matrices = found["llama_relu"]
+    for matrix in matrices:
+        word = matrix.name.rpartition(".")[2]
+        assert (word, matrix.type) in {
+            *(("gate_proj", "fc_in"), ("up_proj", "fc_up"), ("down_proj", "fc_out")),
+            *((f"{letter}_proj", "out_proj" if letter == "o" else f"{letter}_proj") for letter in "qkvo"),
+        }
 
 
 def test_interleaved_and_clamped_gates_of_gpt_oss_are_told_apart(found):

@@ -117,6 +117,7 @@ MODELS: dict[str, tuple[type, object]] = {
         tf.DecisionTransformerModel,
         tf.DecisionTransformerConfig(state_dim=5, act_dim=3, hidden_size=32, n_layer=3, n_head=4, max_ep_len=64),
     ),
+    "llama_relu": (tf.LlamaForCausalLM, tf.LlamaConfig(**_GATED, hidden_act="relu")),
     "bloom": (
         tf.BloomForCausalLM,
         tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4),
@@ -132,7 +133,7 @@ MODELS: dict[str, tuple[type, object]] = {
 }
 CAUSAL = """
     llama qwen3 mistral gemma2 gemma3 phi3 gpt2 gptj gpt_neox falcon falcon_rw falcon_grouped mixtral qwen3_moe bloom
-    opt gpt_oss
+    llama_relu opt gpt_oss
 """.split()  # noqa: SIM905 - easier to read
 MASKED = ["bert", "roberta"]
 ENCODER_DECODER = ["t5", "t5_gated"]

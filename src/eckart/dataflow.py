@@ -354,47 +354,49 @@ def _classify_first_half(second: _Product, feeding: list[_Product], parts: dict[
 
 
 def _gate_channels(hidden: Tensor, result: Tensor) -> Tensor:
-    """Mark the channels of `result` in which `hidden` is not linear (shape (out,), bool)."""
-    # A fixed random weighting keeps the derivatives of different channels from cancelling.
-    generator = torch.Generator().manual_seed(0)
-    weighting = torch.rand(hidden.shape, generator=generator).to(hidden) + 0.5
-    (slope,) = torch.autograd.grad((hidden * weighting).sum(), result, create_graph=True)
+    """Mark the channels of `result` that reach `hidden` through an activation (shape (out,), bool)."""
+    gate = torch.zeros(result.shape[-1], dtype=torch.bool)
+    (slope,) = torch.autograd.grad(_weighted_sum(hidden), result, create_graph=True)
     if not slope.requires_grad:
-        return torch.zeros(result.shape[-1], dtype=torch.bool)
-    channels = result.shape[-1]
-    curved = torch.zeros(channels, dtype=torch.bool)
-    # Mixed derivatives (gate with up) are not curvature: differentiate each half by itself, both ways of halving.
-    halves = [slice(None)] if channels == hidden.shape[-1] else None
-    if halves is None:
-        (probe,) = torch.autograd.grad(hidden[..., 0].sum(), result, retain_graph=True)
-        touched = probe.reshape(-1, channels).abs().sum(0).nonzero().flatten().tolist()
-        neighbours = len(touched) == 2 and touched[1] - touched[0] == 1
-        halves = (
-            [slice(0, None, 2), slice(1, None, 2)]
-            if neighbours and channels > 2
-            else [slice(0, channels // 2), slice(channels // 2, None)]
-        )
-    flat = result.detach().reshape(-1, channels)
-    flat_hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-    for half in halves:
+        return gate
+    # Mixed derivatives, of gate with up, are not curvature: each half is differentiated by itself.
+    for half in _halves(hidden, result):
         (bend,) = torch.autograd.grad(slope[..., half].sum(), result, retain_graph=True, allow_unused=True)
-        own = bend[..., half] if bend is not None else torch.zeros(1)
-        # ReLU has no curvature; what it gates is zero wherever the gate is negative.
-        negative = flat[:, half] < 0
-        silenced = (
-            flat_hidden.shape[-1] == negative.shape[-1]
-            and bool(negative.any())
-            and not bool(flat_hidden[negative].any())
-        )
-        curved[half] = bool(own.abs().sum() > 0) or silenced
-    return curved
+        curved = bend is not None and bool(bend[..., half].any())
+        gate[half] = curved or _silences(result.detach()[..., half], hidden.detach())
+    return gate
+
+
+def _halves(hidden: Tensor, result: Tensor) -> list[slice]:
+    """Which channels of a product belong together: all, every other one, or the first and the second half."""
+    channels = result.shape[-1]
+    if channels == hidden.shape[-1]:
+        return [slice(None)]
+    for channel in range(hidden.shape[-1]):
+        (probe,) = torch.autograd.grad(hidden[..., channel].sum(), result, retain_graph=True)
+        touched = probe.reshape(-1, channels).any(0).nonzero().flatten().tolist()
+        if len(touched) == 2:  # fewer where a ReLU shuts the channel
+            if touched[1] - touched[0] == 1 and channels > 2:
+                return [slice(0, None, 2), slice(1, None, 2)]
+            break
+    return [slice(0, channels // 2), slice(channels // 2, None)]
+
+
+def _silences(part: Tensor, hidden: Tensor) -> bool:
+    """Tell whether `part` is the input of a ReLU gate, which has no curvature: where it is negative, all is zero."""
+    negative = part < 0
+    return part.shape == hidden.shape and bool(negative.any()) and not bool(hidden[negative].any())
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    """Sum under fixed random weights, so that derivatives of different entries do not cancel."""
+    generator = torch.Generator().manual_seed(0)
+    return (tensor * (torch.rand(tensor.shape, generator=generator).to(tensor) + 0.5)).sum()
 
 
 def _rows_reaching(tensor: Tensor, leaf: Tensor) -> Tensor:
     """Indices of the channels of `leaf` that `tensor` depends on."""
-    generator = torch.Generator().manual_seed(0)
-    weighting = torch.rand(tensor.shape, generator=generator).to(tensor) + 0.5
-    (slope,) = torch.autograd.grad((tensor * weighting).sum(), leaf, retain_graph=True)
+    (slope,) = torch.autograd.grad(_weighted_sum(tensor), leaf, retain_graph=True)
     return slope.reshape(-1, leaf.shape[-1]).float().abs().sum(0).nonzero().flatten().cpu()
 
 

@@ -195,12 +195,12 @@ def test_a_masked_model_has_no_perplexity():
 
 
 def test_nearly_constant_answers_are_called_out():
-    loss = np.zeros(20)
-    varied = Scores(loss, np.ones(20, bool), ("yes",) * 18 + ("no",) * 2)
-    constant = Scores(loss, np.ones(20, bool), ("yes",) * 19 + ("no",))
+    loss, index = np.zeros(20), np.arange(20)
+    varied = Scores(index, loss, np.ones(20, bool), ("yes",) * 18 + ("no",) * 2)
+    constant = Scores(index, loss, np.ones(20, bool), ("yes",) * 19 + ("no",))
     assert constant_answer(varied) is None
     assert constant_answer(constant) == ("yes", 0.95)
-    assert constant_answer(Scores(loss)) is None
+    assert constant_answer(Scores(index, loss)) is None
 
 
 def test_the_majority_control_looks_at_labels_where_they_are_shared_and_at_places_otherwise():

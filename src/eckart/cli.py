@@ -77,6 +77,7 @@ def search(
     model: Model,
     task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
+    strategy: Annotated[str | None, typer.Option(help="exhaustive, or race: stop what cannot win.")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
@@ -107,6 +108,7 @@ def search(
 
     with _reported(debug, resume=True):
         given: dict[str, Any] = {
+            "strategy": strategy,
             "types": _words(types),
             "layers": _integers(layers),
             "rho": _numbers(rho),
@@ -308,8 +310,10 @@ def _describe(trial: Any) -> str:
 
 def _print_search(found: SearchResult) -> None:
     task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
+    early = trials["grid"] - trials["evaluated"]
     output.print(
-        f"\nTried {trials['evaluated']} edits on {task['validation']} examples in {seconds['total']:.1f} s; "
+        f"\nTried {trials['grid']} edits on {task['validation']} examples in {seconds['total']:.1f} s"
+        f"{f' ({early} could not win and were stopped early)' if early else ''}; "
         f"the other {task['test']} examples prove."
     )
     if found.plan.edits:

@@ -87,7 +87,10 @@ class SearchResult:
             },
             "controls": self.controls,
             "trials": self.facts["trials"],
-            "grid": [{"edit": t.edit.model_dump(mode="json"), "validation": t.validation} for t in self.trials],
+            "grid": [
+                {"edit": t.edit.model_dump(mode="json"), "validation": t.validation, "stopped": t.stopped}
+                for t in self.trials
+            ],
             "spectrum": self.spectrum,
             "flipped": self.flips,
             "flip_counts": self.flip_counts,
@@ -191,7 +194,7 @@ def search(
         book = ledger(fingerprint) if ledger else Ledger(None, fingerprint)
         meter = Meter(model, tokenizer, book, settings.normalize)
         before = summarize(parts["validation"], meter.measure(parts["validation"], "validation", None, matrices))
-        trials, exact = sweep(meter, grid, parts["validation"], before, progress)
+        trials, exact = sweep(meter, grid, parts["validation"], before, progress, race=settings.strategy == "race")
         winner = choose(trials, before)
         if progress is not None:
             progress(Progress(len(trials), len(trials), "proving", winner, before))
@@ -226,7 +229,11 @@ def search(
                 "validation": parts["validation"].count,
                 "test": parts["test"].count,
             },
-            "trials": {"grid": len(trials), "evaluated": len(trials), "examples": meter.examples},
+            "trials": {
+                "grid": len(trials),
+                "evaluated": sum(trial.stopped is None for trial in trials),
+                "examples": meter.examples,
+            },
             "seconds": meter.seconds,
             "environment": environment(),
         },

@@ -42,6 +42,10 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What a search can be told."""
 
+    strategy: Literal["exhaustive", "race"] = Field(
+        default="exhaustive",
+        description="measure every edit on all examples that choose, or stop those that cannot win",
+    )
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     layers: tuple[int, ...] | None = Field(
         default=None, min_length=1, description="block indices; negative from the last"

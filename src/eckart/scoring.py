@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -37,8 +37,10 @@ CONSTANT = 0.95
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model did on each example of a task, in the task's order."""
+    """What a model did on examples of a task, in the task's order."""
 
+    examples: NDArray[np.int64]
+    """Shape (n,): which examples were scored; all of them unless a race was stopped."""
     loss: NDArray[np.float64]
     """Shape (n,): negative log-likelihood of the right answer, in nats per token of it."""
     correct: NDArray[np.bool_] | None = None
@@ -97,8 +99,10 @@ def score(model: nn.Module, tokenizer: Any, encoded: Encoded, *, normalize: Norm
     Returns:
         One row an example (a window, for perplexity tasks).
     """
-    parts = [score_block(model, tokenizer, encoded, index, normalize=normalize) for index in range(len(encoded.blocks))]
-    return assemble(encoded, parts)
+    blocks = range(len(encoded.blocks))
+    return assemble(
+        encoded, {index: score_block(model, tokenizer, encoded, index, normalize=normalize) for index in blocks}
+    )
 
 
 def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> Encoded:
@@ -324,25 +328,28 @@ def matches(text: str, answer: str) -> bool:
     return re.search(pattern, text.casefold()) is not None
 
 
-def assemble(encoded: Encoded, parts: Sequence[BlockScores]) -> Scores:
-    """Put the scores of all blocks back into the order of the examples.
+def assemble(encoded: Encoded, parts: Mapping[int, BlockScores]) -> Scores:
+    """Put the scores of blocks back into the order of the examples.
 
     Args:
         encoded: The task in blocks.
-        parts: One for each block, in order.
+        parts: Block index -> its scores; at least one block.
 
     Returns:
-        One row an example.
+        One row a scored example.
     """
-    order = np.argsort([index for block in encoded.blocks for index in block.examples])
-    loss = np.array([value for part in parts for value in part.loss])[order]
+    blocks = sorted(parts)
+    scored = np.array([index for block in blocks for index in encoded.blocks[block].examples])
+    order = np.argsort(scored)
+    examples = scored[order]
+    loss = np.array([value for block in blocks for value in parts[block].loss])[order]
     if encoded.task.kind == "text":
-        return Scores(loss)
-    correct = np.array([value for part in parts for value in part.correct], dtype=bool)[order]
-    said = [text for part in parts for text in part.prediction]
-    ranks = [value for part in parts for value in part.rank]
+        return Scores(examples, loss)
+    correct = np.array([value for block in blocks for value in parts[block].correct], dtype=bool)[order]
+    said = [text for block in blocks for text in parts[block].prediction]
+    ranks = [value for block in blocks for value in parts[block].rank]
     rank = np.array(ranks)[order] if ranks else None
-    return Scores(loss, correct, tuple(said[i] for i in order), rank)
+    return Scores(examples, loss, correct, tuple(said[i] for i in order), rank)
 
 
 def summarize(encoded: Encoded, scores: Scores) -> dict[str, Measurement]:
@@ -356,7 +363,7 @@ def summarize(encoded: Encoded, scores: Scores) -> dict[str, Measurement]:
         As `evaluate` does.
     """
     if scores.correct is None:
-        tokens = np.array(encoded.tokens)
+        tokens = np.array(encoded.tokens)[scores.examples]
         return {"loss": _per_token(scores.loss, tokens), "perplexity": perplexity(scores.loss, tokens)}
     found = {"accuracy": mean(scores.correct, "fraction"), "loss": mean(scores.loss, LOSS_UNIT)}
     if scores.rank is not None:

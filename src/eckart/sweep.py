@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,16 @@ from eckart.matrices import Matrix, find_blocks, read, write
 from eckart.plan import Edit
 from eckart.prefix import PrefixCache, agree, run_block
 from eckart.results import Measurement
-from eckart.scoring import Forward, Normalize, Scores, assemble, only_positions, score_block, summarize
+from eckart.scoring import (
+    BlockScores,
+    Forward,
+    Normalize,
+    Scores,
+    assemble,
+    only_positions,
+    score_block,
+    summarize,
+)
 from eckart.surgery import applied, replacement
 from eckart.truncation import Spectrum
 
@@ -33,11 +43,25 @@ Grid = Sequence[tuple[Matrix, Sequence[Edit]]]
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Why a race did not go on with an edit: the proof that it could not have won."""
+
+    metric: str
+    """`accuracy`, or `loss` where accuracy alone does not decide."""
+    at_best: float
+    """What the edit could still have reached on all examples, at best."""
+    to_beat: float
+    """What the best edit before it, or the unedited model, had on them."""
+
+
+@dataclass(frozen=True)
 class Trial:
     """One edit and what it did on the examples that choose."""
 
     edit: Edit
     validation: Measurements
+    """On the examples it was measured on: all of them, or those before it was stopped."""
+    stopped: Stopped | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +80,7 @@ def choose(trials: Sequence[Trial], baseline: Measurements) -> Trial | None:
     """Pick the best trial: highest accuracy, of equals the lowest loss, then the smallest rank.
 
     Args:
-        trials: In the order of the grid, which decides what is left.
+        trials: In the order of the grid, which decides what is left. Stopped ones cannot win.
         baseline: The unedited model on the same examples.
 
     Returns:
@@ -68,7 +92,8 @@ def choose(trials: Sequence[Trial], baseline: Measurements) -> Trial | None:
         loss = found["loss"].value
         return accuracy, loss if loss == loss else float("inf")
 
-    best = min(trials, key=lambda trial: (*key(trial.validation), trial.edit.rank), default=None)
+    whole = [trial for trial in trials if trial.stopped is None]
+    best = min(whole, key=lambda trial: (*key(trial.validation), trial.edit.rank), default=None)
     return best if best is not None and key(best.validation) < key(baseline) else None
 
 
@@ -108,7 +133,7 @@ class Meter:
             return self.score(encoded, part, edit)
 
     def score(self, encoded: Encoded, part: str, edit: Edit | None, forward: Forward | None = None) -> Scores:
-        """Score the model as it is, block by block; blocks that the ledger knows are taken from it.
+        """Score the model as it is on all examples; blocks that the ledger knows are taken from it.
 
         Args:
             encoded: The examples.
@@ -119,8 +144,26 @@ class Meter:
         Returns:
             One row an example.
         """
+        *_, found = self.blocks(encoded, part, edit, forward)
+        return assemble(encoded, found)
+
+    def blocks(
+        self, encoded: Encoded, part: str, edit: Edit | None, forward: Forward | None = None
+    ) -> Iterator[dict[int, BlockScores]]:
+        """Score block after block, and give all that is known after each, so that a race can stop.
+
+        Args:
+            encoded: As for `score`.
+            part: As for `score`.
+            edit: As for `score`.
+            forward: As for `score`.
+
+        Yields:
+            Block index -> scores, one block more each time.
+        """
         key = key_of(edit)
         known = self.ledger.known(part, key)
+        found: dict[int, BlockScores] = {}
         for index, block in enumerate(encoded.blocks):
             if index not in known:
                 with self.timing("forward"):
@@ -129,7 +172,8 @@ class Meter:
                     )
                 self.examples += len(block.examples)
                 self.ledger.add(part, key, {index: known[index]})
-        return assemble(encoded, [known[index] for index in range(len(encoded.blocks))])
+            found[index] = known[index]
+            yield found
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
@@ -147,8 +191,13 @@ def sweep(
     encoded: Encoded,
     baseline: Measurements,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    race: bool = False,
 ) -> tuple[tuple[Trial, ...], bool]:
     """Measure every edit of a grid.
+
+    A race stops an edit as soon as it could not win even if all that is left came out right; the winner is the
+    same by construction.
 
     Args:
         meter: Holds the model, which is edited meanwhile; as before, to the bit, afterwards.
@@ -156,6 +205,7 @@ def sweep(
         encoded: The examples that choose.
         baseline: The unedited model on them.
         progress: Called after every edit.
+        race: Stop edits that cannot win.
 
     Returns:
         Trials in the order of the grid, and whether the prefix cache was exact for this model.
@@ -167,15 +217,63 @@ def sweep(
     for matrix, edits in sorted(grid, key=lambda item: walk.place(item[0])):
         with _replacing(meter, walk, matrix) as replace_by:
             for edit in edits:
-                if len(meter.ledger.known("validation", key_of(edit))) < len(encoded.blocks):
-                    replace_by(edit)
-                scores = meter.score(encoded, "validation", edit, walk.forward)
-                trial = Trial(edit, summarize(encoded, scores))
+                trial = _try(meter, walk, replace_by, edit, best.validation if best else baseline, race=race)
                 trials[key_of(edit)] = trial
                 best = choose([t for t in (best, trial) if t], baseline) or best
                 if progress is not None:
                     progress(Progress(len(trials), total, "searching", best, baseline))
     return tuple(trials[key_of(edit)] for _, edits in grid for edit in edits), walk.exact
+
+
+def _try(
+    meter: Meter,
+    walk: Walk,
+    replace_by: Callable[[Edit], None],
+    edit: Edit,
+    to_beat: Measurements,
+    *,
+    race: bool,
+) -> Trial:
+    """Measure one edit, up to the end or up to where it cannot win any more."""
+    encoded = walk.encoded
+    found: dict[int, BlockScores] = {}
+    stopped: Stopped | None = None
+    if len(meter.ledger.known("validation", key_of(edit))) < len(encoded.blocks):
+        replace_by(edit)
+    for found in meter.blocks(encoded, "validation", edit, walk.forward):
+        if race and len(found) < len(encoded.blocks) and (stopped := cannot_win(encoded, found, to_beat)):
+            break
+    return Trial(edit, summarize(encoded, assemble(encoded, found)), stopped)
+
+
+def cannot_win(encoded: Encoded, found: Mapping[int, BlockScores], to_beat: Measurements) -> Stopped | None:
+    """Prove from some blocks that an edit cannot win on all of them.
+
+    Every example that is left is taken to come out right and to cost no loss.
+
+    Args:
+        encoded: The examples that choose.
+        found: Block index -> scores of the edit.
+        to_beat: The best edit so far, or the unedited model, on all examples.
+
+    Returns:
+        The proof, or None while the edit can still win.
+    """
+    scores = assemble(encoded, found)
+    # Means are rounded; only a clear difference is a proof.
+    margin = 1 + 1e-9
+    if scores.correct is None:
+        tokens = np.array(encoded.tokens)
+        least = float((scores.loss * tokens[scores.examples]).sum() / tokens.sum())
+        return Stopped("loss", least, to_beat["loss"].value) if least > to_beat["loss"].value * margin else None
+    right = int(scores.correct.sum()) + encoded.count - len(scores.correct)
+    needed = round(to_beat["accuracy"].value * encoded.count)
+    if right < needed:
+        return Stopped("accuracy", right / encoded.count, to_beat["accuracy"].value)
+    least = float(scores.loss.sum() / encoded.count)
+    if right == needed and least > to_beat["loss"].value * margin:
+        return Stopped("loss", least, to_beat["loss"].value)
+    return None
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def _search_page(results: Json) -> Json:
         "verdict": _verdict(results),
         "effort": _effort(results.get("trials")),
         "edit": edit,
-        "command": shlex.join(["eckart", "apply", results["model"]["source"], best["plan"], "--out", "DIR"]),
+        "command": shlex.join(["eckart", "apply", results["model"]["source"], best["plan"], "--dense", "--out", "DIR"]),
         "comparison": _comparison(best, baseline),
         "plots": plots,
         "plotly": _plotly() if plots else "",
@@ -190,7 +190,7 @@ def _frame(results: Json) -> Json:
     if model.get("parameters"):
         facts.append(f"{_count(model['parameters'])} parameters")
     if model.get("coverage") is not None:
-        facts.append(f"{100 * model['coverage']:.4g} % of them in matrices that can be edited")
+        facts.append(f"{100 * model['coverage']:.4g} % of the weight matrices can be edited")
     task = results.get("task")
     if task:
         sizes = f"{_count(task['validation'])} validation and {_count(task['test'])} test examples"

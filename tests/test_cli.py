@@ -26,7 +26,8 @@ ENCODING = {"--normalize", "--batch-tokens", "--overlong", "--window", "--stride
 OPTIONS = {
     "demo": {"--out", "--json", "--debug"},
     "search": COMMON | ENCODING | {
-        "model", "--task", "--out", "--strategy", "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
+        "model", "--task", "--out", "--strategy", "--shortlist",
+        "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force"},

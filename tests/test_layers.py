@@ -17,7 +17,7 @@ LAYERS = [
     {"prefix", "recipe"},
     {"scoring", "checkpoint", "report"},
     {"ledger"},
-    {"sweep"},
+    {"sweep", "sensitivity"},
     {"laser"},
     {"run"},
     {"cli"},

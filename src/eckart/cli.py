@@ -77,7 +77,8 @@ def search(
     model: Model,
     task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
-    strategy: Annotated[str | None, typer.Option(help="exhaustive, or race: stop what cannot win.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.")] = None,
+    shortlist: Annotated[int | None, typer.Option(help="Edits that --strategy guided measures.  [default: 16]")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
@@ -109,6 +110,7 @@ def search(
     with _reported(debug, resume=True):
         given: dict[str, Any] = {
             "strategy": strategy,
+            "shortlist": shortlist,
             "types": _words(types),
             "layers": _integers(layers),
             "rho": _numbers(rho),
@@ -310,9 +312,10 @@ def _describe(trial: Any) -> str:
 
 def _print_search(found: SearchResult) -> None:
     task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
-    early = trials["grid"] - trials["evaluated"]
+    guided = f"Predicted {trials['grid']} edits and tried" if found.predictions else "Tried"
+    early = sum(trial.stopped is not None for trial in found.trials)
     output.print(
-        f"\nTried {trials['grid']} edits on {task['validation']} examples in {seconds['total']:.1f} s"
+        f"\n{guided} {len(found.trials)} edits on {task['validation']} examples in {seconds['total']:.1f} s"
         f"{f' ({early} could not win and were stopped early)' if early else ''}; "
         f"the other {task['test']} examples prove."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -24,8 +24,9 @@ from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.recipe import SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment, paired_gain
 from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control, prepare, summarize
+from eckart.sensitivity import Prediction, predict
 from eckart.surgery import check_finite, make_edit, weights_sha256
-from eckart.sweep import Measurements, Meter, Progress, Trial, Walk, choose, inference, sweep
+from eckart.sweep import Grid, Measurements, Meter, Progress, Trial, Walk, choose, inference, key_of, sweep
 from eckart.tasks import Task, split
 
 FLIPPED_SHOWN = 30
@@ -50,6 +51,8 @@ class SearchResult:
     plan: Plan
     """The winner; no edits where nothing beat the unedited model."""
     trials: tuple[Trial, ...]
+    predictions: tuple[Prediction, ...]
+    """Of the whole grid, where the search was guided."""
     baseline: dict[str, Measurements]
     """`validation` and `test` of the unedited model."""
     best: dict[str, Measurements]
@@ -90,6 +93,10 @@ class SearchResult:
             "grid": [
                 {"edit": t.edit.model_dump(mode="json"), "validation": t.validation, "stopped": t.stopped}
                 for t in self.trials
+            ],
+            "predictions": [
+                {"edit": p.edit.model_dump(mode="json"), "loss_change": replace(p.change, value=p.total)}
+                for p in self.predictions
             ],
             "spectrum": self.spectrum,
             "flipped": self.flips,
@@ -175,7 +182,7 @@ def search(
     matrices = find_matrices(model)
     grid = make_grid(matrices, settings)
     validation, test = split(
-        task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.examples
+        task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
     weights = weights_sha256(model)
     fingerprint = {
@@ -194,7 +201,14 @@ def search(
         book = ledger(fingerprint) if ledger else Ledger(None, fingerprint)
         meter = Meter(model, tokenizer, book, settings.normalize)
         before = summarize(parts["validation"], meter.measure(parts["validation"], "validation", None, matrices))
-        trials, exact = sweep(meter, grid, parts["validation"], before, progress, race=settings.strategy == "race")
+        predictions: tuple[Prediction, ...] = ()
+        tried: Grid = grid
+        if settings.strategy == "guided":
+            with meter.timing("predict"):
+                predictions = _predict(model, tokenizer, validation, grid, settings)
+            tried = _shortlist(grid, predictions, settings.shortlist)
+        race = settings.strategy != "exhaustive"
+        trials, exact = sweep(meter, tried, parts["validation"], before, progress, race=race)
         winner = choose(trials, before)
         if progress is not None:
             progress(Progress(len(trials), len(trials), "proving", winner, before))
@@ -210,6 +224,7 @@ def search(
     return SearchResult(
         plan=Plan(model=planned, edits=(winner.edit,) if winner else (), made_by=made_by),
         trials=trials,
+        predictions=predictions,
         baseline={"validation": before, "test": measured["baseline"]},
         best={
             "validation": winner.validation if winner else before,
@@ -230,7 +245,7 @@ def search(
                 "test": parts["test"].count,
             },
             "trials": {
-                "grid": len(trials),
+                "grid": sum(len(edits) for _, edits in grid),
                 "evaluated": sum(trial.stopped is None for trial in trials),
                 "examples": meter.examples,
             },
@@ -239,6 +254,21 @@ def search(
         },
         **proof,
     )
+
+
+def _predict(
+    model: nn.Module, tokenizer: Any, validation: Task, grid: Grid, settings: SearchSettings
+) -> tuple[Prediction, ...]:
+    # Smaller blocks than for scoring: the standard error is over blocks.
+    options = settings.encoding | {"batch_tokens": max(1, settings.batch_tokens // 4)}
+    return predict(model, prepare(model, tokenizer, validation, **options), grid)
+
+
+def _shortlist(grid: Grid, predictions: Sequence[Prediction], count: int) -> Grid:
+    """Keep the edits with the lowest predicted loss."""
+    best = {key_of(p.edit) for p in sorted(predictions, key=lambda p: p.total)[:count]}
+    kept = [(matrix, [edit for edit in edits if key_of(edit) in best]) for matrix, edits in grid]
+    return [(matrix, edits) for matrix, edits in kept if edits]
 
 
 def _edits_to_prove(
@@ -316,7 +346,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     """
     grid = make_grid(find_matrices(model), settings)
     validation, test = split(
-        task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.examples
+        task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
     with inference(model):
         encoded = prepare(model, tokenizer, validation, **settings.encoding)

@@ -361,9 +361,22 @@ def read(model: nn.Module, matrix: Matrix) -> Tensor:
     Returns:
         Shape (out, in), contiguous, in the model's dtype and on its device; writing to it leaves the model alone.
     """
-    view = _view(model, matrix)
-    part = view if matrix.rows is None else view[_index(matrix)]
+    part = part_of(model.get_parameter(matrix.parameter).detach(), matrix)
     return part.clone(memory_format=torch.contiguous_format)
+
+
+def part_of(tensor: Tensor, matrix: Matrix) -> Tensor:
+    """Pick a matrix out of its parameter, or out of a tensor of the same layout such as its gradient.
+
+    Args:
+        tensor: Shape of the parameter that holds the matrix. Not modified.
+        matrix: Which one.
+
+    Returns:
+        Shape (out, in); a view where the layout allows it.
+    """
+    view = _view(tensor, matrix)
+    return view if matrix.rows is None else view[_index(matrix)]
 
 
 def write(model: nn.Module, matrix: Matrix, weight: Tensor) -> None:
@@ -383,15 +396,14 @@ def write(model: nn.Module, matrix: Matrix, weight: Tensor) -> None:
             f"Its shape is {matrix.shape}, (out, in). Transpose or reshape before writing."
         )
     with torch.no_grad():
-        view = _view(model, matrix)
+        view = _view(model.get_parameter(matrix.parameter).detach(), matrix)
         if matrix.rows is None:
             view.copy_(weight)
         else:
             view[_index(matrix)] = weight.to(view)
 
 
-def _view(model: nn.Module, matrix: Matrix) -> Tensor:
-    tensor = model.get_parameter(matrix.parameter).detach()
+def _view(tensor: Tensor, matrix: Matrix) -> Tensor:
     if matrix.expert is not None:
         tensor = tensor[matrix.expert]
     return tensor.T if matrix.transposed else tensor

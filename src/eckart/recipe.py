@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from eckart.encoding import BATCH_TOKENS
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
 from eckart.truncation import rank_of
 
+GUIDED_EXAMPLES = 100
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 
@@ -42,10 +43,11 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What a search can be told."""
 
-    strategy: Literal["exhaustive", "race"] = Field(
+    strategy: Literal["exhaustive", "race", "guided"] = Field(
         default="exhaustive",
-        description="measure every edit on all examples that choose, or stop those that cannot win",
+        description="measure every edit, stop those that cannot win, or measure only the best predicted ones",
     )
+    shortlist: int = Field(default=16, ge=1, description="edits that 'guided' measures")
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     layers: tuple[int, ...] | None = Field(
         default=None, min_length=1, description="block indices; negative from the last"
@@ -58,6 +60,17 @@ class SearchSettings(Settings):
     split: float = Field(default=0.2, gt=0, lt=1, description="share of the examples that choose")
     shuffle: bool = Field(default=True, description="shuffle the examples before dividing them")
     examples: int | None = Field(default=None, ge=1, description="at most this many examples choose")
+
+    @property
+    def choosing(self) -> int | None:
+        """At most this many examples choose; None for the share `split` alone."""
+        return self.examples or (GUIDED_EXAMPLES if self.strategy == "guided" else None)
+
+    @model_validator(mode="after")
+    def _guided_can_predict(self) -> SearchSettings:
+        if self.strategy == "guided" and (self.kind == "magnitude" or self.basis != "top" or self.svd != "exact"):
+            raise ValueError("strategy 'guided' predicts exact cuts to the top components, and zero")
+        return self
 
     @field_validator("types")
     @classmethod

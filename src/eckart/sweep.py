@@ -111,7 +111,7 @@ class Meter:
         """
         self.model, self.tokenizer, self.ledger = model, tokenizer, ledger
         self.normalize: Normalize = normalize
-        self.seconds = {"total": 0.0, "svd": 0.0, "forward": 0.0}
+        self.seconds = {"total": 0.0, "svd": 0.0, "forward": 0.0, "predict": 0.0}
         self.examples = 0
         """Examples scored, those known from the ledger not counted."""
 

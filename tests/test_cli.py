@@ -424,3 +424,16 @@ def test_the_program_starts_as_a_module_too():
     ran = subprocess.run([sys.executable, "-m", "eckart.cli", "--help"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "search" in ran.stdout
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "search"])
+def test_control_characters_and_markup_of_a_task_do_not_reach_the_terminal(program, tiny_llama_folder, tmp_path, verb):
+    path = tmp_path / "\x1b[31m[bold]evil.jsonl"
+    line = {"prompt": "the ant lives in the", "choices": ["house", "field"], "answer": 0}
+    path.write_text("\n".join(json.dumps(line) for _ in range(6)), encoding="utf-8")
+    out = ("--out", tmp_path / "\x1b[31m[bold]out")
+    grid = ("--types", "fc_in", "--rho", "0.5") if verb == "search" else ()
+    result = program(verb, tiny_llama_folder, "--task", path, *out, *grid)
+    assert result.status == 0, result.err
+    assert "\x1b" not in result.out + result.err
+    assert "[bold]" in result.out + result.err

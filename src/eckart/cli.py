@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
+from rich import box, markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -36,7 +35,9 @@ app = typer.Typer(
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
-Model = Annotated[str, typer.Argument(help="Folder of the model, or a Hugging Face id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of the model, or a Hugging Face id.", show_default=False)
+]
 Out = Annotated[Path, typer.Option(help="New or empty folder for the results.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto (stored, float32 on CPU), stored, float32, bfloat16, float16.")]
@@ -45,16 +46,36 @@ Recipe = Annotated[Path | None, typer.Option(help="YAML file with the same setti
 Json = Annotated[bool, typer.Option("--json", help="Print results.json on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a plan made for other weights.")]
-Normalize = Annotated[str | None, typer.Option(help="Compare choices by 'none' (sum) or 'tokens' (mean).")]
+Normalize = Annotated[
+    str | None, typer.Option(help="Compare choices by sum, 'none', or mean, 'tokens'.  [default: none]")
+]
 BatchTokens = Annotated[int | None, typer.Option(help="Most tokens in a batch.  [default: 2048]")]
-Overlong = Annotated[str | None, typer.Option(help="Prompts over the context: 'error' or 'truncate'.")]
+Overlong = Annotated[str | None, typer.Option(help="Long prompts: 'error' or 'truncate'.  [default: error]")]
 Window = Annotated[int | None, typer.Option(help="Tokens of a perplexity window.")]
 Stride = Annotated[int | None, typer.Option(help="Tokens by which windows advance.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        output.print(f"eckart {version('eckart')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = False) -> None:
-    """Run the main job on the model that ships with the package: offline, under a minute."""
+    """Run the main job, offline, on a model that ships with eckart."""
     from eckart.recipe import SearchSettings
     from eckart.tasks import read_task
 
@@ -77,12 +98,12 @@ def search(
     model: Model,
     task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
-    strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.  [default: exhaustive]")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Edits that --strategy guided measures.  [default: 16]")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
-    kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.")] = None,
+    kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.  [default: low_rank]")] = None,
     basis: Annotated[str | None, typer.Option(help="Components that stay: top, bottom or random.")] = None,
     svd: Annotated[str | None, typer.Option(help="exact, or lowrank to mimic the LASER reference.")] = None,
     niter: Annotated[int | None, typer.Option(help="Subspace iterations of --svd lowrank.")] = None,
@@ -102,7 +123,7 @@ def search(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the matrix whose cut helps most at a task; validation chooses, test proves."""
+    """Find the matrix whose cut helps most, and prove the gain."""
     from eckart.recipe import SearchSettings, make_settings
     from eckart.run import forecast_search
     from eckart.tasks import read_task
@@ -159,7 +180,7 @@ def evaluate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure accuracy, loss and perplexity, unedited and under each plan, with standard errors."""
+    """Measure accuracy, loss and perplexity, with standard errors."""
     from eckart.recipe import Settings, make_settings
     from eckart.results import to_json
     from eckart.run import run_evaluate
@@ -187,7 +208,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             force=force,
-            progress=lambda line: errors.print(f"measuring {escape(line)}"),
+            progress=lambda line: errors.print(f"measuring {_safe(line)}"),
         )
         if json:
             sys.stdout.write(to_json(results))
@@ -196,16 +217,18 @@ def evaluate(
         for row in results["rows"]:
             found = row["measurements"]
             cells = (_number(found.get(name)) for name in ("accuracy", "loss", "perplexity"))
-            table.add_row(escape(row["plan"]), escape(row["task"]), *cells)
+            table.add_row(_safe(row["plan"]), _safe(row["task"]), *cells)
         output.print(table)
         for warning in results["warnings"]:
-            errors.print(f"[yellow]note:[/] {escape(warning)}")
+            errors.print(f"[yellow]note:[/] {_safe(warning)}")
 
 
 @app.command()
 def apply(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="plan.json, or the folder of a run.", show_default=False)],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder of a run.", show_default=False)
+    ],
     out: Out,
     dense: Annotated[bool, typer.Option("--dense", help="Write an ordinary Hugging Face folder.")] = False,
     device: Device = "auto",
@@ -213,26 +236,26 @@ def apply(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write the model that a plan describes, to OUT/model."""
+    """Write the model that a plan describes to OUT/model."""
     with _reported(debug):
         if not dense:
             raise typer.BadParameter("this version writes dense checkpoints: add --dense")
         from eckart.run import run_apply
 
         folder = run_apply(model, plan, out, device=device, dtype=dtype, force=force)
-        output.print(f"Wrote {escape(str(folder))}, which plain transformers loads.", soft_wrap=True)
+        output.print(f"Wrote {_safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
     debug: Debug = False,
 ) -> None:
     """Draw report.html again from results.json alone."""
     from eckart.report import write_report
 
     with _reported(debug):
-        output.print(escape(str(write_report(run))), soft_wrap=True)
+        output.print(_safe(str(write_report(run))), soft_wrap=True)
 
 
 def main() -> None:
@@ -250,13 +273,13 @@ def _reported(debug: bool, resume: bool = False) -> Iterator[None]:
     except EckartError as error:
         if debug:
             raise
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {_safe(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("\nInterrupted.", end=" ")
         if resume:
             errors.print("Nothing measured is lost. To go on, give the same command again:")
-            errors.print(f"  {escape(shlex.join(['eckart', *sys.argv[1:]]))}", soft_wrap=True)
+            errors.print(f"  {_safe(shlex.join(['eckart', *sys.argv[1:]]))}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -282,7 +305,7 @@ def _search(
     from eckart.run import is_unfinished, run_search
 
     if is_unfinished(out):
-        errors.print(f"Resuming the unfinished search in {escape(str(out))}.")
+        errors.print(f"Resuming the unfinished search in {_safe(str(out))}.")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -295,7 +318,7 @@ def _search(
 
         def show(now: Any) -> None:
             best = f"best so far: {_describe(now.best)}" if now.best else ""
-            bar.update(line, description=now.stage, completed=now.done, total=now.total, best=escape(best))
+            bar.update(line, description=now.stage, completed=now.done, total=now.total, best=_safe(best))
 
         found = run_search(model, task, out, settings, device=device, dtype=dtype, progress=show)
     if json:
@@ -322,7 +345,7 @@ def _print_search(found: SearchResult) -> None:
     if found.plan.edits:
         edit = found.plan.edits[0]
         what = f"rank {edit.rank} of {min(edit.shape)} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
-        output.print(f"Best edit: [bold]{escape(edit.matrix)}[/] ({edit.type}) to {what}\n")
+        output.print(f"Best edit: [bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}\n")
     else:
         output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
     table = Table("test examples", "unedited", "edited", "change, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -340,13 +363,11 @@ def _print_search(found: SearchResult) -> None:
             f"(exact McNemar p {_chance(found.gain.p_value)})."
         )
     for warning in found.warnings:
-        errors.print(f"[yellow]note:[/] {escape(warning)}")
+        errors.print(f"[yellow]note:[/] {_safe(warning)}")
 
 
 def _print_files(out: Path) -> None:
-    output.print(
-        f"Report: {escape(str(out / 'report.html'))}\nPlan:   {escape(str(out / 'plan.json'))}", soft_wrap=True
-    )
+    output.print(f"Report: {_safe(str(out / 'report.html'))}\nPlan:   {_safe(str(out / 'plan.json'))}", soft_wrap=True)
 
 
 def _print_questions(found: SearchResult) -> None:
@@ -354,7 +375,7 @@ def _print_questions(found: SearchResult) -> None:
     table = Table("five of the test questions", "unedited", "edited", box=box.SIMPLE_HEAD, pad_edge=False)
     step = max(1, len(gained) // 5)
     for flip in gained[::step][:5]:
-        table.add_row(escape(flip.prompt), escape(flip.before), f"[bold]{escape(flip.after)}[/]")
+        table.add_row(_safe(flip.prompt), _safe(flip.before), f"[bold]{_safe(flip.after)}[/]")
     output.print(table)
 
 
@@ -365,7 +386,12 @@ def _print_forecast(forecast: dict[str, Any], json: bool) -> None:
         sys.stdout.write(to_json(forecast))
         return
     for name, value in forecast.items():
-        output.print(f"{name:>20}  {escape(str(value))}")
+        output.print(f"{name:>20}  {_safe(str(value))}")
+
+
+def _safe(text: str) -> str:
+    """Disarm text from models and data: no console markup, no control characters."""
+    return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _number(found: Measurement | None) -> str:

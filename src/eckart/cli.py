@@ -426,7 +426,9 @@ def _integers(text: str | None) -> Sequence[int] | None:
     for word in _words(text) or ():
         first, dash, last = word[1:].partition("-")
         try:
-            found.extend(range(int(word[0] + first), int(last) + 1) if dash else [int(word)])
+            span = range(int(word[0] + first), int(last) + 1) if dash else [int(word)]
+            # Far more than any model has: a slip of the keyboard must not fill the memory.
+            found.extend(span[:100_000])
         except ValueError:
             raise typer.BadParameter(f"layers are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
     return tuple(found)

@@ -320,6 +320,14 @@ def test_results_hold_no_bare_float():
     walk(results, "")
 
 
+def test_modules_are_in_training_or_evaluation_afterwards_as_each_was_before():
+    model = tiny.build("llama").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    search(model, tiny.tokenizer(), labelled(), SMALL)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_a_forecast_searches_nothing():
     model = tiny.build("llama")
     found = forecast(model, tiny.tokenizer(), labelled(), SMALL)

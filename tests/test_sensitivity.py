@@ -132,6 +132,17 @@ def test_the_model_is_as_before():
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_gradients_that_a_model_holds_already_are_kept_and_do_not_count():
+    model, _, encoded = setting("llama")
+    matrix = find_matrices(model)[0]
+    grid = [(matrix, [make_edit(matrix, 0.5)])]
+    clean = predict(model, encoded, grid)
+    held = torch.ones_like(model.get_parameter(matrix.parameter))
+    model.get_parameter(matrix.parameter).grad = held
+    assert predict(model, encoded, grid) == clean
+    assert model.get_parameter(matrix.parameter).grad is held
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "t5"])
 def test_a_guided_search_measures_the_best_predicted_edits_and_chooses_among_them(name):
     model, tokenizer, task = tiny.build(name), tiny.tokenizer(mask=True), labelled(20)

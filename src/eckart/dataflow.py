@@ -9,7 +9,7 @@ which rows of a fused weight feed which part, however the architecture interleav
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,7 +224,7 @@ def trace(model: nn.Module, blocks: Iterable[str], inputs: dict[str, Any]) -> di
         if parameter.ndim in (2, 3) and parameter.is_floating_point()
     }
     recorder = _Recorder(parameters)
-    with _quiet(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(model), only_gradients_of(model, ()), torch.inference_mode(False), torch.enable_grad():
         with _blocks_cut(model, blocks, recorder), recorder:
             model(**inputs)
         return _classify(recorder)
@@ -248,7 +248,7 @@ def execution_order(model: nn.Module, names: Iterable[str], inputs: dict[str, An
 
     handles = [model.get_submodule(name).register_forward_pre_hook(entering(name)) for name in names]
     try:
-        with _quiet(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             model(**inputs)
     finally:
         for handle in handles:
@@ -257,15 +257,19 @@ def execution_order(model: nn.Module, names: Iterable[str], inputs: dict[str, An
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients of parameters or key-value cache, and everything back afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without key-value cache, and every module back afterwards.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        Nothing.
+    """
     training = [module for module in model.modules() if module.training]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
     if use_cache is not None:
         config.use_cache = False
     try:
@@ -273,10 +277,31 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for parameter in wanted:
-            parameter.requires_grad_(True)
         if use_cache is not None:
             config.use_cache = use_cache
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Ask for gradients of the named parameters and of no other, and flags and gradients back afterwards.
+
+    Args:
+        model: Any model.
+        names: As in `named_parameters`.
+
+    Yields:
+        Nothing; inside, no parameter has a gradient yet.
+    """
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, wanted, gradient in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from eckart import truncation
+from eckart.dataflow import evaluating
 from eckart.encoding import Encoded
 from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, by_name, coverage, find_matrices, partition, read, select
@@ -26,7 +27,7 @@ from eckart.results import SCHEMA_VERSION, Gain, environment, paired_gain
 from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control, prepare, summarize
 from eckart.sensitivity import Prediction, predict
 from eckart.surgery import check_finite, make_edit, weights_sha256
-from eckart.sweep import Grid, Measurements, Meter, Progress, Trial, Walk, choose, inference, key_of, sweep
+from eckart.sweep import Grid, Measurements, Meter, Progress, Trial, Walk, choose, key_of, sweep
 from eckart.tasks import Task, split
 
 FLIPPED_SHOWN = 30
@@ -193,7 +194,7 @@ def search(
         "code": code_sha256(),
         "torch": torch.__version__,
     }
-    with inference(model):
+    with evaluating(model), torch.inference_mode():
         parts = {
             "validation": prepare(model, tokenizer, validation, **settings.encoding),
             "test": prepare(model, tokenizer, test, **settings.encoding),
@@ -348,7 +349,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     validation, test = split(
         task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
-    with inference(model):
+    with evaluating(model), torch.inference_mode():
         encoded = prepare(model, tokenizer, validation, **settings.encoding)
         meter = Meter(model, tokenizer, Ledger(None, {}), settings.normalize)
         meter.measure(encoded, "validation", None, ())

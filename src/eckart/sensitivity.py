@@ -12,8 +12,7 @@ over blocks of examples and the Fisher term are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eckart import truncation
+from eckart.dataflow import only_gradients_of
 from eckart.encoding import Block, Encoded
 from eckart.matrices import Matrix, part_of, read
 from eckart.plan import Edit
@@ -117,7 +117,7 @@ def _slopes(
 
         return hook
 
-    with torch.inference_mode(False), torch.enable_grad(), _only_gradients_of(model, by_parameter):
+    with torch.inference_mode(False), torch.enable_grad(), only_gradients_of(model, by_parameter):
         handles = [model.get_parameter(name).register_post_accumulate_grad_hook(take(name)) for name in by_parameter]
         try:
             _summed_loss(model, encoded, block).backward()
@@ -140,21 +140,6 @@ def _summed_loss(model: nn.Module, encoded: Encoded, block: Block) -> Tensor:
         weights[start + answer] = 1 / encoded.tokens[index]
         start += choices
     return -(tokens * weights[block.sequence]).sum()
-
-
-@contextmanager
-def _only_gradients_of(model: nn.Module, names: Sequence[str] | dict[str, list[int]]) -> Iterator[None]:
-    """Ask for gradients of the named parameters and of no other, and everything back afterwards."""
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
-            if name in names:
-                parameter.grad = None
 
 
 def _own(block: Block) -> Block:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,15 +235,3 @@ def check_finite(model: nn.Module) -> None:
             f"{', '.join(bad[:3])}{more} hold NaN or infinity. A weight must be finite. "
             "Download the checkpoint again, or load it in a wider --dtype."
         )
-
-
-def architecture_of(model: Any) -> str:
-    """Name a model's class as its config does.
-
-    Args:
-        model: A transformers model.
-
-    Returns:
-        E.g. `LlamaForCausalLM`.
-    """
-    return type(model).__name__

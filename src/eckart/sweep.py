@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from eckart import truncation
@@ -104,7 +103,7 @@ class Meter:
         """Begin.
 
         Args:
-            model: In evaluation mode, under `inference`.
+            model: Under `evaluating` and `torch.inference_mode`.
             tokenizer: Its tokenizer.
             ledger: What has been measured.
             normalize: How choices are compared.
@@ -307,7 +306,7 @@ class Walk:
         """Begin before the first block.
 
         Args:
-            model: Under `inference`, with its unedited weights.
+            model: Under `evaluating` and `torch.inference_mode`, with its unedited weights.
             encoded: The examples that will be scored.
         """
         blocks = find_blocks(model)
@@ -375,29 +374,6 @@ class Walk:
         block = self.encoded.blocks[0]
         with only_positions(self.model, block.rows, block.columns) as logits_of:
             return logits_of(forward(0))
-
-
-@contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients and key-value cache, and everything back afterwards.
-
-    Args:
-        model: A transformers model.
-
-    Yields:
-        Nothing.
-    """
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
 
 
 def key_of(edit: Edit | None) -> str:

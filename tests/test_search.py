@@ -9,20 +9,21 @@ import torch
 import eckart.laser as laser_module
 import eckart.sweep as sweep_module
 import tiny_models as tiny
+from eckart.driver import Driver
 from eckart.encoding import Block
 from eckart.errors import MatrixError, ModelError
 from eckart.laser import forecast, make_grid, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_blocks, find_matrices, read, select, write
 from eckart.prefix import PrefixCache
+from eckart.race import Trial, choose
 from eckart.recipe import SearchSettings
 from eckart.results import Measurement, to_json
 from eckart.scoring import prepare, score, summarize
 from eckart.surgery import make_edit, weights_sha256
-from eckart.sweep import Trial, choose
 from eckart.tasks import Example, make_task, split
 
-SMALL = SearchSettings(types=("fc_in", "out_proj", "v_proj"), rho=(0.05, 0.5), split=0.5)
+SMALL = SearchSettings(strategy="exhaustive", types=("fc_in", "out_proj", "v_proj"), rho=(0.05, 0.5), split=0.5)
 
 
 def labelled(count=16, choices=3, seed=0):
@@ -58,7 +59,7 @@ def test_every_trial_is_that_of_brute_force(name):
     encoded, expected = brute_force(model, tokenizer, task, SMALL)
     assert len(result.trials) == len(expected)
     for trial in result.trials:
-        scores = expected[trial.edit.matrix, trial.edit.rank]
+        scores = expected[trial.edits[0].matrix, trial.edits[0].rank]
         want = summarize(encoded, scores)
         assert trial.validation["accuracy"].value == want["accuracy"].value
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
@@ -134,7 +135,7 @@ def test_a_model_whose_blocks_are_no_chain_is_searched_with_whole_passes():
     assert any("do not form a chain" in warning for warning in result.warnings)
     encoded, expected = brute_force(model, tokenizer, task, small_batches)
     for trial in result.trials:
-        want = summarize(encoded, expected[trial.edit.matrix, trial.edit.rank])
+        want = summarize(encoded, expected[trial.edits[0].matrix, trial.edits[0].rank])
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
 
 
@@ -142,26 +143,28 @@ def test_each_matrix_is_decomposed_once(monkeypatch):
     count = []
     decompose = sweep_module.truncation.decompose
     monkeypatch.setattr(sweep_module.truncation, "decompose", lambda w: count.append(1) or decompose(w))
-    settings = SearchSettings(types=("mlp",), rho=(0.1, 0.3, 0.5, 0.9), split=0.5)
+    settings = SearchSettings(strategy="exhaustive", types=("mlp",), rho=(0.1, 0.3, 0.5, 0.9), split=0.5)
     search(tiny.build("llama"), tiny.tokenizer(), labelled(), settings)
-    # Nine matrices; the winner's and the control's cut are made once more for the test examples.
-    assert len(count) == 9 + 2
+    # Nine matrices; the winner's is decomposed once more, for its cut and the control's on the test examples.
+    assert len(count) == 9 + 1
 
 
 def test_test_examples_are_measured_three_times_however_many_edits_are_tried(monkeypatch):
-    parts = []
-    measure = sweep_module.Meter.measure
+    scored = []
+    score_all = Driver.score
     monkeypatch.setattr(
-        sweep_module.Meter,
-        "measure",
-        lambda self, e, part, *rest: parts.append(part) or measure(self, e, part, *rest),
+        Driver,
+        "score",
+        lambda self, part, candidates, *rest: (
+            scored.extend([part] * len(candidates)) or score_all(self, part, candidates, *rest)
+        ),
     )
     for rho in ((0.5,), (0.05, 0.1, 0.3, 0.5, 0.7)):
-        parts.clear()
+        scored.clear()
         settings = SearchSettings(rho=rho, split=0.5)
         result = search(tiny.build("llama"), tiny.tokenizer(), labelled(40), settings)
         assert result.plan.edits
-        assert parts.count("test") == 3
+        assert scored.count("test") == 3
 
 
 def test_examples_that_choose_take_no_part_in_proving():
@@ -189,7 +192,7 @@ def test_a_second_search_gives_the_same_digits_and_another_seed_another_split():
 def trial(accuracy, loss, rank, name="m"):
     matrix = find_matrices(tiny.build("llama"))[0]
     edit = make_edit(matrix, 0.5).model_copy(update={"rank": rank, "matrix": name})
-    return Trial(edit, measured(accuracy, loss))
+    return Trial((edit,), measured(accuracy, loss))
 
 
 def measured(accuracy, loss):
@@ -199,22 +202,24 @@ def measured(accuracy, loss):
 
 def test_ties_go_to_the_lower_loss_then_to_the_smaller_rank():
     base = measured(0.5, 1.0)
-    assert choose([trial(0.6, 0.9, 5), trial(0.7, 2.0, 5)], base).validation["accuracy"].value == 0.7
-    assert choose([trial(0.7, 0.9, 5), trial(0.7, 0.8, 9)], base).edit.rank == 9
-    assert choose([trial(0.7, 0.8, 9), trial(0.7, 0.8, 5)], base).edit.rank == 5
-    assert choose([trial(0.7, 0.8, 5, "first"), trial(0.7, 0.8, 5, "second")], base).edit.matrix == "first"
+    assert choose([trial(0.6, 0.9, 5), trial(0.7, 2.0, 5)], base, "accuracy").validation["accuracy"].value == 0.7
+    assert choose([trial(0.7, 0.9, 5), trial(0.7, 0.8, 9)], base, "accuracy").edits[0].rank == 9
+    assert choose([trial(0.7, 0.8, 9), trial(0.7, 0.8, 5)], base, "accuracy").edits[0].rank == 5
+    assert (
+        choose([trial(0.7, 0.8, 5, "first"), trial(0.7, 0.8, 5, "second")], base, "accuracy").edits[0].matrix == "first"
+    )
 
 
 def test_the_unedited_model_is_a_candidate():
     base = measured(0.5, 1.0)
-    assert choose([], base) is None
-    assert choose([trial(0.5, 1.0, 5), trial(0.4, 0.1, 5)], base) is None
-    assert choose([trial(0.5, 0.99, 5)], base) is not None
-    assert choose([trial(None, math.nan, 5)], measured(None, 1.0)) is None
+    assert choose([], base, "accuracy") is None
+    assert choose([trial(0.5, 1.0, 5), trial(0.4, 0.1, 5)], base, "accuracy") is None
+    assert choose([trial(0.5, 0.99, 5)], base, "accuracy") is not None
+    assert choose([trial(None, math.nan, 5)], measured(None, 1.0), "accuracy") is None
 
 
 def test_without_a_better_edit_the_plan_is_empty(monkeypatch):
-    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline: None)
+    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline, select: None)
     result = search(tiny.build("llama"), tiny.tokenizer(), labelled(), SMALL)
     assert result.plan.edits == ()
     assert result.gain is None
@@ -225,7 +230,7 @@ def test_a_text_task_is_searched_by_loss():
     task = make_task("text", [Example(tiny.sentence(20 + i, i), None) for i in range(8)])
     result = search(tiny.build("llama"), tiny.tokenizer(), task, SMALL)
     best = min(result.trials, key=lambda t: t.validation["loss"].value)
-    assert result.plan.edits == (best.edit,)
+    assert result.plan.edits == best.edits
     assert result.gain is None
     assert "perplexity" in result.best["test"]
     assert result.loss_gain.interval[0] <= result.loss_gain.value <= result.loss_gain.interval[1]
@@ -314,7 +319,7 @@ def test_results_hold_no_bare_float():
             for item in value:
                 walk(item, path)
         elif isinstance(value, float):
-            allowed = (".seconds", ".spectrum", ".recipe", ".edit.rho", ".coverage")
+            allowed = (".seconds", ".spectrum", ".recipe", ".edit.rho", ".edits.rho", ".coverage")
             assert any(word in path for word in allowed), path
 
     walk(results, "")

@@ -154,11 +154,14 @@ def test_a_guided_search_measures_the_best_predicted_edits_and_chooses_among_the
     assert len(guided.trials) == 5
     assert len(guided.predictions) == len(whole.trials) == guided.facts["trials"]["grid"]
     best = sorted(guided.predictions, key=lambda p: p.total)[:5]
-    assert {t.edit.matrix for t in guided.trials} == {p.edit.matrix for p in best}
-    measured = {(t.edit.matrix, t.edit.rank): t.validation for t in whole.trials}
+    assert {t.edits[0].matrix for t in guided.trials} == {p.edit.matrix for p in best}
+    measured = {(t.edits[0].matrix, t.edits[0].rank): t.validation for t in whole.trials}
     for trial in guided.trials:
         if trial.stopped is None:
-            found, expected = trial.validation["loss"].value, measured[trial.edit.matrix, trial.edit.rank]["loss"].value
+            found, expected = (
+                trial.validation["loss"].value,
+                measured[trial.edits[0].matrix, trial.edits[0].rank]["loss"].value,
+            )
             assert found == pytest.approx(expected, abs=1e-5)
 
 

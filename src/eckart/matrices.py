@@ -220,6 +220,20 @@ def partition(matrices: Iterable[Matrix]) -> tuple[Matrix, ...]:
     return tuple(matrix for matrix in matrices if not matrix.whole)
 
 
+def overlap(one: Matrix, other: Matrix) -> bool:
+    """Tell whether two matrices hold a number in common.
+
+    Args:
+        one: From `find_matrices`.
+        other: Of the same model.
+
+    Returns:
+        Whether they are the same, or one is a fused whole and the other a part of it.
+    """
+    same = one.parameter == other.parameter and one.expert == other.expert
+    return same and (one.whole or other.whole or one.name == other.name)
+
+
 def expand_types(types: Iterable[str]) -> set[str]:
     """Replace the groups `attn`, `mlp` and `all` by their types.
 

@@ -44,10 +44,21 @@ class SearchSettings(Settings):
     """What a search can be told."""
 
     strategy: Literal["exhaustive", "race", "guided"] = Field(
-        default="exhaustive",
+        default="race",
         description="measure every edit, stop those that cannot win, or measure only the best predicted ones",
     )
-    shortlist: int = Field(default=16, ge=1, description="edits that 'guided' measures")
+    select: Literal["accuracy", "loss"] = Field(default="accuracy", description="what the best edit is best at")
+    shortlist: int = Field(
+        default=16, ge=1, description="edits that 'guided' measures, 'race' measures first and 'compose' combines"
+    )
+    confidence: float | None = Field(
+        default=None, gt=0.5, lt=1, description="let 'race' and 'guided' stop edits by a sequential test, too"
+    )
+    compose: int = Field(default=1, ge=1, le=64, description="most edits that are made together")
+    beam: int = Field(default=1, ge=1, description="sets of edits that 'compose' pursues; 1 is greedy")
+    cache_bytes: int | None = Field(
+        default=None, ge=0, description="most that the prefix cache of a worker holds; more is computed again"
+    )
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     layers: tuple[int, ...] | None = Field(
         default=None, min_length=1, description="block indices; negative from the last"
@@ -66,9 +77,14 @@ class SearchSettings(Settings):
         """At most this many examples choose; None for the share `split` alone."""
         return self.examples or (GUIDED_EXAMPLES if self.strategy == "guided" else None)
 
+    @property
+    def predictable(self) -> bool:
+        """Whether a gradient predicts the edits: exact cuts to the top components, and zero."""
+        return self.kind != "magnitude" and self.basis == "top" and self.svd == "exact"
+
     @model_validator(mode="after")
     def _guided_can_predict(self) -> SearchSettings:
-        if self.strategy == "guided" and (self.kind == "magnitude" or self.basis != "top" or self.svd != "exact"):
+        if self.strategy == "guided" and not self.predictable:
             raise ValueError("strategy 'guided' predicts exact cuts to the top components, and zero")
         return self
 

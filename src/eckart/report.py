@@ -134,7 +134,7 @@ def _template() -> Template:
 def _search_page(results: Json) -> Json:
     """What the report of a search shows."""
     best, baseline = results["best"], results["baseline"]
-    edit = best["edit"]
+    edit = best["edits"][0] if best["edits"] else None
     trials = [trial for trial in results["grid"] if trial.get("validation")]
     plots = _plots(trials, baseline["validation"], edit, results.get("spectrum"))
     return _frame(results) | {
@@ -212,7 +212,7 @@ def _frame(results: Json) -> Json:
 def _verdict(results: Json) -> str:
     """The outcome in one sentence, with its uncertainty."""
     best, before = results["best"], results["baseline"]["test"]
-    edit = best["edit"]
+    edit = best["edits"][0] if best["edits"] else None
     metric = "accuracy" if "accuracy" in before else "loss"
     if edit is None:
         return (
@@ -290,7 +290,7 @@ def _comparison(best: Json, baseline: Json) -> list[tuple[str, list[Json]]]:
     """Rows of the before/after table; a change has an error only where it was measured in pairs."""
     tables = []
     for split in ("test", "validation"):
-        after = (best.get(split) or {}) if best["edit"] else {}
+        after = (best.get(split) or {}) if best["edits"] else {}
         gains = {"accuracy": best.get("test_gain"), "loss": best.get("test_loss_gain")}
         rows = []
         for name, before in _in_order(baseline[split]):
@@ -350,7 +350,7 @@ def _controls(results: Json) -> list[Json]:
         return []
     before = {"name": "Unedited", "meaning": "the model as it came"} | results["baseline"]["test"]
     after = {"name": "Edited", "meaning": "the winning plan"} | (results["best"].get("test") or {})
-    return [before, *rows, *([after] if results["best"]["edit"] else [])]
+    return [before, *rows, *([after] if results["best"]["edits"] else [])]
 
 
 def _flipped(examples: list[Json], totals: Json) -> list[Json]:

@@ -133,6 +133,27 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     return shared if _same_likelihoods(model, shared, plain) else plain
 
 
+def arrange(model: nn.Module, encoded: Encoded, batch_tokens: int, strata: Sequence[int] | None) -> Encoded:
+    """TEMPORARY until the branch with the real one is merged."""
+    from eckart.encoding import _group, _layout
+
+    if strata is None or encoded.model_kind != "causal":
+        return encoded
+    shared = any(block.prompt is not None for block in encoded.blocks)
+    blocks = []
+    for stratum in sorted(set(strata)):
+        indices = [i for i, s in enumerate(strata) if s == stratum]
+        part = replace(encoded, sequences=tuple(encoded.sequences[i] for i in indices))
+        found = share_prompts(part, batch_tokens) if shared else None
+        laid = (
+            found.blocks
+            if found
+            else [_layout(part.sequences, group, "causal", 0) for group in _group(part.sequences, batch_tokens)]
+        )
+        blocks.extend(replace(block, examples=tuple(indices[i] for i in block.examples)) for block in laid)
+    return _on_device(model, replace(encoded, blocks=tuple(blocks)))
+
+
 def _on_device(model: nn.Module, encoded: Encoded) -> Encoded:
     """Move blocks to the model, and masks from true and false to what attention adds to its scores."""
     parameter = next(model.parameters())

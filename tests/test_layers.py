@@ -17,7 +17,7 @@ LAYERS = [
     {"prefix", "recipe"},
     {"scoring", "checkpoint", "report"},
     {"ledger"},
-    {"sweep", "sensitivity"},
+    {"sweep", "sensitivity", "controls"},
     {"laser"},
     {"run"},
     {"cli"},

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from eckart import truncation
+from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
 from eckart.encoding import Encoded
 from eckart.ledger import Ledger, code_sha256
@@ -219,6 +220,19 @@ def search(
         }
     meter.seconds["total"] = time.perf_counter() - started
     proof = _prove(model, matrices, parts, scores, winner, settings)
+    others, missing = {}, ()
+    if settings.controls:
+        others, missing = measure_controls(
+            model,
+            tokenizer,
+            validation,
+            parts["test"],
+            winner.edit if winner else None,
+            matrices,
+            settings,
+            baseline=scores["baseline"],
+            progress=lambda stage: progress and progress(Progress(len(trials), len(trials), stage, winner, before)),
+        )
     made_by = MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json"))
     planned = PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=weights)
     measured = {name: summarize(parts["test"], found) for name, found in scores.items()}
@@ -231,8 +245,8 @@ def search(
             "validation": winner.validation if winner else before,
             "test": measured.get("best", measured["baseline"]),
         },
-        controls=_controls(parts, measured),
-        warnings=tuple(_warnings(parts, scores, proof["gain"], exact)),
+        controls=_controls(parts, measured) | others,
+        warnings=(*_warnings(parts, scores, proof["gain"], exact), *missing),
         facts={
             "model": planned.model_dump()
             | {

@@ -298,6 +298,8 @@ def adapted(
                 torch.manual_seed(settings.seed)
                 peft.LoraModel(model, config, "control")
             weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            for weight in weights.values():
+                weight.data = weight.data.float()  # a small step would be rounded away in half precision
             start = {name: weight.detach().clone() for name, weight in weights.items()}
             best, chosen, epochs, rate = _loss_of(model, check), start, 0, None
             for tried in LEARNING_RATES:

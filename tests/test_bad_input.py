@@ -176,8 +176,8 @@ def a_weight_of_another_shape(folder):
     "damage",
     [
         an_adapter, no_config, config_not_json, config_of_unknown_type, no_weights, no_tokenizer, cut_off,
-        empty_weights, longer_than_it_says, corrupt_header, huge_header, missing_shard, broken_index, a_nan, an_infinity,
-        a_weight_is_missing, a_weight_of_another_shape,
+        empty_weights, longer_than_it_says, corrupt_header, huge_header, missing_shard, broken_index, a_nan,
+        an_infinity, a_weight_is_missing, a_weight_of_another_shape,
     ],
 )  # fmt: skip
 def test_a_damaged_model_is_refused_by_every_verb(damage, verb, refuse, model, choice_task_file, plan, out):

@@ -29,6 +29,7 @@ OPTIONS = {
         "model", "--task", "--out", "--strategy", "--shortlist",
         "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
+        "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force"},
     "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},

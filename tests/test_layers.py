@@ -17,7 +17,7 @@ LAYERS = [
     {"prefix", "recipe"},
     {"scoring", "checkpoint", "report"},
     {"ledger"},
-    {"race", "sensitivity"},
+    {"race", "sensitivity", "controls"},
     {"sweep"},
     {"crew"},
     {"cluster", "processes"},

@@ -114,6 +114,8 @@ def search(
     split: Annotated[float | None, typer.Option(help="Share of the examples that choose.  [default: 0.2]")] = None,
     shuffle: Annotated[bool | None, typer.Option(help="Shuffle the examples first.")] = None,
     examples: Annotated[int | None, typer.Option(help="At most this many examples choose.")] = None,
+    controls: Annotated[bool | None, typer.Option(help="Also measure few-shot prompts, LoRA and int8.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Most examples in a few-shot prompt.  [default: 5]")] = None,
     normalize: Normalize = None,
     batch_tokens: BatchTokens = None,
     overlong: Overlong = None,
@@ -154,6 +156,8 @@ def search(
             "split": split,
             "shuffle": shuffle,
             "examples": examples,
+            "controls": controls,
+            "shots": shots,
             "seed": seed,
             "normalize": normalize,
             "batch_tokens": batch_tokens,
@@ -386,7 +390,8 @@ def _print_search(found: SearchResult) -> None:
         after = _number(found.best["test"][name]) if found.plan.edits else "–"
         table.add_row(name, _number(before), after, _gain(gains.get(name)))
     for name, control in found.controls.items():
-        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), "control")
+        change = _gain(control.get("gain") or control.get("loss_gain")) or "control"
+        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), change)
     output.print(table)
     if found.gain is not None and found.gain.p_value is not None:
         counts = found.flip_counts

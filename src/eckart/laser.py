@@ -15,6 +15,7 @@ from torch import nn
 
 from eckart import truncation
 from eckart.composition import compose
+from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
 from eckart.driver import Driver, Progress, open_crew
 from eckart.encoding import Encoded
@@ -232,9 +233,24 @@ def search(
             )
         tried = [*trials, *compositions]
         winner = choose(tried, baseline.measurements, settings.select)
+        proving = Progress("proving", len(tried), len(tried), 0, 0, 0, winner, baseline.measurements)
         if progress is not None:
-            progress(Progress("proving", len(tried), len(tried), 0, 0, 0, winner, baseline.measurements))
+            progress(proving)
         proof = prove(driver, route, model, matrices, winner, seed=settings.seed)
+    seconds = {"total": time.perf_counter() - started, "predict": predicting, **driver.seconds}
+    others, missing = {}, ()
+    if settings.controls:
+        others, missing = measure_controls(
+            model,
+            tokenizer,
+            validation,
+            parts["test"],
+            winner.edits if winner else (),
+            matrices,
+            settings,
+            baseline=proof.scores["baseline"],
+            progress=lambda stage: progress and progress(replace(proving, stage=stage)),
+        )
     planned = PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=weights)
     return SearchResult(
         plan=Plan(
@@ -252,11 +268,11 @@ def search(
         },
         gain=proof.gain,
         loss_gain=proof.loss_gain,
-        controls=cheap_controls(validation, test, proof.measured),
+        controls=cheap_controls(validation, test, proof.measured) | others,
         flips=proof.flips,
         flip_counts=proof.flip_counts,
         spectrum=proof.spectrum,
-        warnings=tuple(warnings_of(parts, proof.scores, proof.gain, driver.exact)),
+        warnings=(*warnings_of(parts, proof.scores, proof.gain, driver.exact), *missing),
         facts={
             "model": planned.model_dump()
             | {
@@ -276,7 +292,7 @@ def search(
                 "examples": driver.examples,
                 "prefix_cache_bytes": driver.cache_bytes,
             },
-            "seconds": {"total": time.perf_counter() - started, "predict": predicting, **driver.seconds},
+            "seconds": seconds,
             "environment": environment(),
         },
     )

@@ -71,6 +71,10 @@ class SearchSettings(Settings):
     split: float = Field(default=0.2, gt=0, lt=1, description="share of the examples that choose")
     shuffle: bool = Field(default=True, description="shuffle the examples before dividing them")
     examples: int | None = Field(default=None, ge=1, description="at most this many examples choose")
+    controls: bool = Field(
+        default=False, description="also measure few-shot prompts, LoRA and int8 on the test examples"
+    )
+    shots: int = Field(default=5, ge=1, description="most worked examples in a prompt of the few-shot control")
 
     @property
     def choosing(self) -> int | None:

@@ -120,6 +120,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "measurement": _measurement,
+        "gain": _gain_and_span,
         "count": _count,
         "duration": _duration,
         "said": _said,
@@ -150,6 +151,7 @@ def _search_page(results: Json) -> Json:
         "cut": (results.get("spectrum") or {}).get("matrix"),
         "ranking": _ranking(trials, baseline["validation"], edit),
         "controls": _controls(results),
+        "alternatives": _alternatives(results),
         "flipped": _flipped(results.get("flipped") or [], results.get("flip_counts") or {}),
     }
 
@@ -351,6 +353,61 @@ def _controls(results: Json) -> list[Json]:
     before = {"name": "Unedited", "meaning": "the model as it came"} | results["baseline"]["test"]
     after = {"name": "Edited", "meaning": "the winning plan"} | (results["best"].get("test") or {})
     return [before, *rows, *([after] if results["best"]["edits"] else [])]
+
+
+def _alternatives(results: Json) -> Json | None:
+    """The winner beside what else could be done with the model; None where nothing else was measured."""
+    controls, best, before = results.get("controls") or {}, results["best"], results["baseline"]["test"]
+    others = [
+        {"name": name, "meaning": meaning(controls[key]), "measured": controls[key], "winner": False}
+        for key, (name, meaning) in ALTERNATIVES.items()
+        if controls.get(key)
+    ]
+    if not others:
+        return None
+    rows = [{"name": "Unedited", "meaning": "the model as it came", "measured": before, "winner": False}]
+    if best["edit"]:
+        gains = {"gain": best.get("test_gain"), "loss_gain": best.get("test_loss_gain")}
+        measured = best["test"] | gains
+        rows.append({"name": "Edited", "meaning": _cutting(best["edit"]), "measured": measured, "winner": True})
+    metrics = [name for name in ("accuracy", "loss") if name in before]
+    gain_names = {"accuracy": "gain", "loss": "loss_gain"}
+    return {
+        "metrics": metrics,
+        "rows": [
+            row
+            | {
+                "cells": [(row["measured"].get(name), row["measured"].get(gain_names[name])) for name in metrics],
+                "count": row["measured"][metrics[0]]["count"],
+            }
+            for row in (*rows, *others)
+        ],
+    }
+
+
+def _few_shot_meaning(facts: Json) -> str:
+    shorter = f"; {_count(facts['shortened'])} prompts had room for fewer" if facts["shortened"] else ""
+    return f"{_count(facts['shots'])} validation examples in front of every prompt{shorter}"
+
+
+def _lora_meaning(facts: Json) -> str:
+    training = f"{_count(facts['trainable'])} parameters trained on {_count(facts['examples'])} validation examples"
+    kept = f"epoch {_count(facts['epochs'])}" if facts["epochs"] else "no training"
+    return f"{training}; {_count(facts['held_out'])} more chose {kept}"
+
+
+def _int8_meaning(facts: Json) -> str:
+    return (
+        f"the winner's matrix rounded to int8, not cut: {_count(facts['bytes'])} bytes "
+        f"for {_count(facts['dense_bytes'])}"
+    )
+
+
+ALTERNATIVES = {
+    "few_shot": ("Few-shot", _few_shot_meaning),
+    "lora": ("LoRA", _lora_meaning),
+    "int8": ("int8", _int8_meaning),
+}
 
 
 def _flipped(examples: list[Json], totals: Json) -> list[Json]:
@@ -588,6 +645,11 @@ def _measurement(measured: Json | None) -> str:
 def _gain(gain: Json) -> str:
     """A measured difference with its sign and standard error."""
     return f"{_signed(gain['value'], _decimals(gain))} ±{HARD_SPACE}{_error(gain)}"
+
+
+def _gain_and_span(gain: Json) -> str:
+    """A gain with its 95 % interval, as in "+0.281 (0.22 to 0.34)"."""
+    return f"{_signed(gain['value'], _decimals(gain))} ({_span(*_interval(gain))})"
 
 
 def _signed(value: float, decimals: int) -> str:

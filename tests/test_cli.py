@@ -26,7 +26,7 @@ ENCODING = {"--normalize", "--batch-tokens", "--overlong", "--window", "--stride
 OPTIONS = {
     "demo": {"--out", "--json", "--debug"},
     "search": COMMON | ENCODING | {
-        "model", "--task", "--out", "--strategy", "--shortlist",
+        "model", "--task", "--out", "--strategy", "--shortlist", "--guard", "--blocks", "--clustering",
         "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
     },

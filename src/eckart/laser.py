@@ -6,6 +6,7 @@ and the winner's cut with random components.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart import truncation
 from eckart.dataflow import evaluating
 from eckart.encoding import Encoded
 from eckart.ledger import Ledger, code_sha256
@@ -26,7 +26,16 @@ from eckart.recipe import SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment, paired_gain
 from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control, prepare, summarize
 from eckart.sensitivity import Prediction, predict
-from eckart.surgery import check_finite, make_edit, weights_sha256
+from eckart.surgery import (
+    Cost,
+    check_finite,
+    clusters_of,
+    cost,
+    decomposition,
+    decomposition_key,
+    make_edit,
+    weights_sha256,
+)
 from eckart.sweep import Grid, Measurements, Meter, Progress, Trial, Walk, choose, key_of, sweep
 from eckart.tasks import Task, split
 
@@ -65,6 +74,9 @@ class SearchResult:
     flips: tuple[Flip, ...]
     flip_counts: dict[str, int]
     spectrum: dict[str, Any] | None
+    """Of the winner's matrix; None where its blocks were cut, or without a winner."""
+    cost: Cost | None
+    """Memory and operations of the winner's matrix, kept as factors."""
     warnings: tuple[str, ...]
     facts: dict[str, Any] = field(repr=False)
     """`model`, `task`, `trials`, `seconds` and `environment` of results.json."""
@@ -85,6 +97,7 @@ class SearchResult:
             "best": {
                 "plan": "plan.json",
                 "edit": edit,
+                "cost": self.cost,
                 **self.best,
                 "test_gain": self.gain,
                 "test_loss_gain": self.loss_gain,
@@ -114,19 +127,21 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
 
     Args:
         matrices: From `find_matrices`.
-        settings: `types`, `layers`, `rho`, `kind` and `basis` restrict it.
+        settings: `types`, `layers`, `rho`, `blocks`, `clustering`, `kind` and `basis` restrict it.
 
     Returns:
-        Each chosen matrix with its edits, one for each distinct rank (of equal ranks the smallest rho stays).
+        Each chosen matrix with its edits, one for each distinct number of blocks and rank (of equal ones the smallest
+        rho stays, and of those that keep everything the first).
 
     Raises:
-        MatrixError: A type or layer that the model does not have.
+        MatrixError: A type or layer that the model does not have, or `heads` of a matrix without them.
+        RankError: More blocks than a matrix has rows.
     """
     grid = []
     rhos = (1.0,) if settings.kind == "zero" else sorted(set(settings.rho))
     for matrix in select(matrices, types=settings.types, layers=settings.layers):
         edits: dict[Any, Edit] = {}
-        for rho in rhos:
+        for blocks, rho in itertools.product(sorted(set(settings.blocks)), rhos):
             edit = make_edit(
                 matrix,
                 rho,
@@ -135,8 +150,12 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
                 svd=settings.svd,
                 niter=settings.niter,
                 seed=settings.seed,
+                blocks=blocks,
+                clustering=settings.clustering,
             )
-            edits.setdefault(edit.rho if settings.kind == "magnitude" else edit.rank, edit)
+            whole = edit.kind == "low_rank" and edit.rank == edit.full_rank
+            blocked = "whole" if whole else (edit.blocks, edit.rank)
+            edits.setdefault(edit.rho if settings.kind == "magnitude" else blocked, edit)
         grid.append((matrix, list(edits.values())))
     return grid
 
@@ -262,7 +281,7 @@ def _predict(
 ) -> tuple[Prediction, ...]:
     # Smaller blocks than for scoring: the standard error is over blocks.
     options = settings.encoding | {"batch_tokens": max(1, settings.batch_tokens // 4)}
-    return predict(model, prepare(model, tokenizer, validation, **options), grid)
+    return predict(model, prepare(model, tokenizer, validation, **options), grid, guard=settings.guard)
 
 
 def _shortlist(grid: Grid, predictions: Sequence[Prediction], count: int) -> Grid:
@@ -279,7 +298,8 @@ def _edits_to_prove(
     found: dict[str, Edit | None] = {"baseline": None}
     if winner is not None:
         found["best"] = winner.edit
-        if winner.edit.kind == "low_rank" and winner.edit.basis == "top":
+        # Random components of the whole matrix say nothing about components of blocks.
+        if winner.edit.kind == "low_rank" and winner.edit.basis == "top" and winner.edit.blocks == 1:
             matrix = by_name(matrices, winner.edit.matrix)
             found["random_basis"] = make_edit(matrix, winner.edit.rho, basis="random", seed=settings.seed)
     return found
@@ -296,24 +316,29 @@ def _prove(
     """Compare winner and unedited model on the same test examples."""
     counts = {"gained": 0, "lost": 0}
     if winner is None:
-        return {"gain": None, "loss_gain": None, "flips": (), "flip_counts": counts, "spectrum": None}
+        return {"gain": None, "loss_gain": None, "flips": (), "flip_counts": counts, "spectrum": None, "cost": None}
     old, new = scores["baseline"], scores["best"]
     gain, flips = None, ()
     if old.correct is not None and new.correct is not None:
         gain = paired_gain(old.correct, new.correct, "fraction", seed=settings.seed)
         counts = {"gained": int((new.correct & ~old.correct).sum()), "lost": int((old.correct & ~new.correct).sum())}
         flips = _flips(parts["test"].task, old, new)
-    values = torch.linalg.svdvals(read(model, by_name(matrices, winner.edit.matrix)).float())
+    weight = read(model, by_name(matrices, winner.edit.matrix))
+    values = torch.linalg.svdvals(weight.float())
     return {
+        "cost": cost(winner.edit, [len(rows) for rows in clusters_of(weight, winner.edit)]),
         "gain": gain,
         "loss_gain": paired_gain(old.loss, new.loss, LOSS_UNIT, seed=settings.seed),
         "flips": flips,
         "flip_counts": counts,
+        # The values of the whole matrix do not show where its blocks were cut.
         "spectrum": {
             "matrix": winner.edit.matrix,
             "rank": winner.edit.rank,
             "singular_values": values.tolist(),
-        },
+        }
+        if winner.edit.blocks == 1
+        else None,
     }
 
 
@@ -353,9 +378,11 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         encoded = prepare(model, tokenizer, validation, **settings.encoding)
         meter = Meter(model, tokenizer, Ledger(None, {}), settings.normalize)
         meter.measure(encoded, "validation", None, ())
-        smallest = min((matrix for matrix, _ in grid), key=lambda m: m.shape[0] * m.shape[1])
+        smallest, edits = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
+        weight = read(model, smallest)
         with meter.timing("svd"):
-            truncation.decompose(read(model, smallest))
+            for edit in {decomposition_key(edit): edit for edit in edits}.values():
+                decomposition(weight, edit)
         walk = Walk(model, encoded)
 
     def svd_cost(matrix: Matrix) -> int:

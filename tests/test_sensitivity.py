@@ -163,6 +163,19 @@ def test_a_guided_search_measures_the_best_predicted_edits_and_chooses_among_the
             assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"blocks": (1, 2)}, {"blocks": (3,), "clustering": "subspaces", "guard": "none"}])
+def test_a_guided_search_of_blocks_measures_the_best_predicted_ones(options):
+    model, tokenizer, task = tiny.build("llama"), tiny.tokenizer(), labelled(20)
+    settings = SearchSettings(
+        strategy="guided", shortlist=4, types=("v_proj", "mlp"), rho=(0.1, 0.5), split=0.5, **options
+    )
+    found = search(model, tokenizer, task, settings)
+    best = sorted(found.predictions, key=lambda p: p.total)[:4]
+    assert {p.edit for p in best} == {t.edit for t in found.trials}
+    assert {p.edit.blocks for p in found.predictions} == set(settings.blocks)
+    assert all((p.guard == 0) == (settings.guard == "none") for p in found.predictions)
+
+
 def test_a_guided_search_of_the_demo_finds_the_winner_of_the_exhaustive_one():
     folder = Path(eckart.__file__).parent / "demo"
     model, tokenizer = eckart.load(str(folder))

@@ -20,7 +20,7 @@ from eckart.race import Trial, choose
 from eckart.recipe import SearchSettings
 from eckart.results import Measurement, to_json
 from eckart.scoring import prepare, score, summarize
-from eckart.surgery import make_edit, weights_sha256
+from eckart.surgery import applied, make_edit, weights_sha256
 from eckart.tasks import Example, make_task, split
 
 SMALL = SearchSettings(strategy="exhaustive", types=("fc_in", "out_proj", "v_proj"), rho=(0.05, 0.5), split=0.5)
@@ -253,10 +253,79 @@ def test_equal_ranks_are_tried_once():
     assert [edit.rho for edit in edits] == [0.01, 0.02]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss", "bert", "t5"])
+@pytest.mark.parametrize("options", [{"blocks": (1, 3)}, {"clustering": "heads"}])
+def test_every_trial_with_blocks_is_that_of_brute_force(name, options):
+    model, tokenizer, task = tiny.build(name), tiny.tokenizer(mask=True), labelled()
+    types = ("q_proj", "v_proj") if options.get("clustering") else ("v_proj", "fc_in")
+    settings = SearchSettings(types=types, rho=(0.1, 0.5), split=0.5, **options)
+    before = weights_sha256(model)
+    result = search(model, tokenizer, task, settings)
+    assert weights_sha256(model) == before
+    validation, _ = split(task, settings.split, seed=settings.seed)
+    encoded = prepare(model, tokenizer, validation, **settings.encoding)
+    expected = {}
+    for matrix in select(find_matrices(model), types=types):
+        for blocks in settings.blocks if types[1] == "fc_in" else (matrix.heads,):
+            original = read(model, matrix)
+            for rho in settings.rho:
+                rank = max(1, math.floor(rho * min(math.ceil(matrix.shape[0] / blocks), matrix.shape[1]) + 1e-9))
+                parts = []
+                for part in original.tensor_split(blocks):
+                    u, s, vh = torch.linalg.svd(part, full_matrices=False)
+                    parts.append((u[:, :rank] * s[:rank]) @ vh[:rank])
+                write(model, matrix, torch.cat(parts))
+                expected[matrix.name, blocks, rank] = summarize(encoded, score(model, tokenizer, encoded))
+                write(model, matrix, original)
+    assert {(t.edit.matrix, t.edit.blocks, t.edit.rank) for t in result.trials} == set(expected)
+    for trial in result.trials:
+        want = expected[trial.edit.matrix, trial.edit.blocks, trial.edit.rank]
+        assert trial.validation["accuracy"].value == want["accuracy"].value
+        assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
+
+
+def test_a_search_of_subspaces_measures_what_its_plan_puts_into_the_model():
+    model, tokenizer, task = tiny.build("llama"), tiny.tokenizer(), labelled(40)
+    settings = SearchSettings(types=("mlp",), rho=(0.05, 0.3), blocks=(2, 4), clustering="subspaces", split=0.5)
+    before = weights_sha256(model)
+    result = search(model, tokenizer, task, settings)
+    assert weights_sha256(model) == before
+    assert len(result.trials) == 9 * 4
+    validation, _ = split(task, settings.split, seed=settings.seed)
+    encoded = prepare(model, tokenizer, validation, **settings.encoding)
+    for trial in result.trials[::5]:
+        with applied(model, [trial.edit]):
+            want = summarize(encoded, score(model, tokenizer, encoded))
+        assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
+    (edit,) = result.plan.edits
+    assert (edit.clustering, result.spectrum, "random_basis" in result.controls) == ("subspaces", None, False)
+    assert result.cost.integers == edit.shape[0]
+    assert result.to_results()["best"]["cost"] == result.cost
+
+
+def test_edits_that_are_equal_are_tried_once_whatever_their_blocks():
+    matrices = find_matrices(tiny.build("llama"))
+
+    def edits_of(kind, **options):
+        (_, edits), *_ = make_grid(matrices, SearchSettings(types=(kind,), **options))
+        return [(edit.blocks, edit.rank) for edit in edits]
+
+    assert edits_of("q_proj", rho=(0.01, 0.02, 0.5), blocks=(4, 1, 4)) == [(1, 1), (1, 16), (4, 1), (4, 4)]
+    # Blocks of one row keep everything, as rank 32 of the whole does.
+    assert edits_of("q_proj", rho=(0.5, 1.0), blocks=(1, 2, 32)) == [(1, 16), (1, 32), (2, 8)]
+    assert edits_of("v_proj", rho=(0.5,), clustering="heads") == [(2, 4)]
+
+
+def test_heads_of_matrices_without_them_are_refused_before_any_work():
+    with pytest.raises(MatrixError, match=r"o_proj.*lie in its columns"):
+        search(tiny.build("llama"), tiny.tokenizer(), labelled(), SearchSettings(clustering="heads"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         SearchSettings(types=("qkv_proj",), rho=(0.2,), split=0.5),
+        SearchSettings(types=("qkv_proj",), rho=(0.2,), blocks=(2,), clustering="subspaces", split=0.5),
         SearchSettings(types=("q_proj",), kind="zero", split=0.5),
         SearchSettings(types=("mlp",), kind="magnitude", rho=(0.5,), split=0.5),
         SearchSettings(types=("mlp",), basis="bottom", rho=(0.5,), split=0.5),

@@ -104,9 +104,14 @@ def search(
     confidence: Annotated[float | None, typer.Option(help="Stop edits by a sequential test, too: 0.999.")] = None,
     compose: Annotated[int | None, typer.Option(help="Most edits that are made together.  [default: 1]")] = None,
     beam: Annotated[int | None, typer.Option(help="Sets that --compose pursues.  [default: 1, greedy]")] = None,
+    guard: Annotated[str | None, typer.Option(help="Second order that guided adds: fisher or none.")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Blocks of rows, each cut by itself: '1,2,4'.  [default: 1]")
+    ] = None,
+    clustering: Annotated[str | None, typer.Option(help="Rows of a block: contiguous, heads or subspaces.")] = None,
     kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.  [default: low_rank]")] = None,
     basis: Annotated[str | None, typer.Option(help="Components that stay: top, bottom or random.")] = None,
     svd: Annotated[str | None, typer.Option(help="exact, or lowrank to mimic the LASER reference.")] = None,
@@ -146,9 +151,12 @@ def search(
             "compose": compose,
             "beam": beam,
             "cache_bytes": cache_bytes,
+            "guard": guard,
             "types": _words(types),
             "layers": _integers(layers),
             "rho": _numbers(rho),
+            "blocks": _integers(blocks, "blocks"),
+            "clustering": clustering,
             "kind": kind,
             "basis": basis,
             "svd": svd,
@@ -378,7 +386,8 @@ def _print_search(found: SearchResult) -> None:
         f"the other {task['test']} examples prove."
     )
     for edit in found.plan.edits:
-        what = f"rank {edit.rank} of {min(edit.shape)} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
+        what = f"rank {edit.rank} of {edit.full_rank} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
+        what += f" in each of {edit.blocks} blocks of rows ({edit.clustering})" if edit.blocks > 1 else ""
         output.print(f"Best edit: [bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}")
     if found.plan.edits:
         output.print()
@@ -456,7 +465,7 @@ def _words(text: str | None) -> Sequence[str] | None:
     return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _integers(text: str | None) -> Sequence[int] | None:
+def _integers(text: str | None, what: str = "layers") -> Sequence[int] | None:
     if text is None:
         return None
     found: list[int] = []
@@ -467,7 +476,7 @@ def _integers(text: str | None) -> Sequence[int] | None:
             # Far more than any model has: a slip of the keyboard must not fill the memory.
             found.extend(span[:100_000])
         except ValueError:
-            raise typer.BadParameter(f"layers are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
+            raise typer.BadParameter(f"{what} are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
     return tuple(found)
 
 

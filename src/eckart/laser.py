@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart import truncation
 from eckart.composition import compose
 from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
@@ -28,7 +28,7 @@ from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
 from eckart.scoring import BlockScores, arrange, assemble, prepare, score, score_block, summarize
 from eckart.sensitivity import Prediction, predict
-from eckart.surgery import check_finite, make_edit, weights_sha256
+from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
 from eckart.sweep import Candidate, Route, key_of, route_of
 from eckart.tasks import Task, split
 
@@ -58,6 +58,9 @@ class SearchResult:
     flips: tuple[Flip, ...]
     flip_counts: dict[str, int]
     spectrum: dict[str, Any] | None
+    """Of the winner's matrix; None where its blocks were cut, or without a winner."""
+    cost: Cost | None
+    """Memory and operations of the winner's matrix, kept as factors."""
     warnings: tuple[str, ...]
     facts: dict[str, Any] = field(repr=False)
     """`model`, `task`, `trials`, `seconds` and `environment` of results.json."""
@@ -77,6 +80,7 @@ class SearchResult:
             "best": {
                 "plan": "plan.json",
                 "edits": [_plain(edit) for edit in self.plan.edits],
+                "cost": self.cost,
                 **self.best,
                 "test_gain": self.gain,
                 "test_loss_gain": self.loss_gain,
@@ -108,19 +112,21 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
 
     Args:
         matrices: From `find_matrices`.
-        settings: `types`, `layers`, `rho`, `kind` and `basis` restrict it.
+        settings: `types`, `layers`, `rho`, `blocks`, `clustering`, `kind` and `basis` restrict it.
 
     Returns:
-        Each chosen matrix with its edits, one for each distinct rank (of equal ranks the smallest rho stays).
+        Each chosen matrix with its edits, one for each distinct number of blocks and rank (of equal ones the smallest
+        rho stays, and of those that keep everything the first).
 
     Raises:
-        MatrixError: A type or layer that the model does not have.
+        MatrixError: A type or layer that the model does not have, or `heads` of a matrix without them.
+        RankError: More blocks than a matrix has rows.
     """
     grid = []
     rhos = (1.0,) if settings.kind == "zero" else sorted(set(settings.rho))
     for matrix in select(matrices, types=settings.types, layers=settings.layers):
         edits: dict[Any, Edit] = {}
-        for rho in rhos:
+        for blocks, rho in itertools.product(sorted(set(settings.blocks)), rhos):
             edit = make_edit(
                 matrix,
                 rho,
@@ -129,8 +135,12 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
                 svd=settings.svd,
                 niter=settings.niter,
                 seed=settings.seed,
+                blocks=blocks,
+                clustering=settings.clustering,
             )
-            edits.setdefault(edit.rho if settings.kind == "magnitude" else edit.rank, edit)
+            whole = edit.kind == "low_rank" and edit.rank == edit.full_rank
+            blocked = "whole" if whole else (edit.blocks, edit.rank)
+            edits.setdefault(edit.rho if settings.kind == "magnitude" else blocked, edit)
         grid.append((matrix, list(edits.values())))
     return grid
 
@@ -272,6 +282,7 @@ def search(
         flips=proof.flips,
         flip_counts=proof.flip_counts,
         spectrum=proof.spectrum,
+        cost=proof.cost,
         warnings=(*warnings_of(parts, proof.scores, proof.gain, driver.exact), *missing),
         facts={
             "model": planned.model_dump()
@@ -337,7 +348,7 @@ def _predict(
         few = validation
     # Smaller blocks than for scoring: the standard error is over blocks.
     options = settings.encoding | {"batch_tokens": max(1, settings.batch_tokens // 4)}
-    return predict(model, prepare(model, tokenizer, few, **options), grid)
+    return predict(model, prepare(model, tokenizer, few, **options), grid, guard=settings.guard)
 
 
 def _singles(
@@ -414,9 +425,11 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         began = time.perf_counter()
         score(model, tokenizer, encoded, normalize=settings.normalize)
         a_pass = time.perf_counter() - began
-        smallest = min((matrix for matrix, _ in grid), key=lambda m: m.shape[0] * m.shape[1])
+        smallest, edits = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
+        weight = read(model, smallest)
         began = time.perf_counter()
-        truncation.decompose(read(model, smallest))
+        for edit in {decomposition_key(edit): edit for edit in edits}.values():
+            decomposition(weight, edit)
         svd = time.perf_counter() - began
         route = route_of(model)
 

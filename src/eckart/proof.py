@@ -20,7 +20,7 @@ from eckart.plan import Edit
 from eckart.race import Measurements, Trial
 from eckart.results import Gain, paired_gain
 from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control, summarize
-from eckart.surgery import make_edit
+from eckart.surgery import Cost, clusters_of, cost, make_edit
 from eckart.sweep import Candidate, Route
 from eckart.tasks import Task
 
@@ -53,7 +53,9 @@ class Proof:
     flips: tuple[Flip, ...]
     flip_counts: dict[str, int]
     spectrum: dict[str, Any] | None
-    """Singular values of the first matrix that the winner edits."""
+    """Singular values of the first matrix that the winner edits; None where that is cut in several blocks."""
+    cost: Cost | None
+    """What the edited matrices take as factors, together."""
 
 
 def prove(
@@ -79,15 +81,13 @@ def prove(
     measured = {name: summarize(encoded, found) for name, found in scores.items()}
     counts = {"gained": 0, "lost": 0}
     if winner is None:
-        return Proof(measured, scores, None, None, (), counts, None)
+        return Proof(measured, scores, None, None, (), counts, None, None)
     old, new = scores["baseline"], scores["best"]
     gain, flips = None, ()
     if old.correct is not None and new.correct is not None:
         gain = paired_gain(old.correct, new.correct, "fraction", seed=seed)
         counts = {"gained": int((new.correct & ~old.correct).sum()), "lost": int((old.correct & ~new.correct).sum())}
         flips = _flips(encoded.task, old, new)
-    edit = winner.edits[0]
-    values = torch.linalg.svdvals(read(model, by_name(matrices, edit.matrix)).float())
     return Proof(
         measured,
         scores,
@@ -95,17 +95,38 @@ def prove(
         paired_gain(old.loss, new.loss, LOSS_UNIT, seed=seed),
         flips,
         counts,
-        {"matrix": edit.matrix, "rank": edit.rank, "singular_values": values.tolist()},
+        _spectrum(model, matrices, winner.edits[0]),
+        _cost(model, matrices, winner.edits),
     )
+
+
+def _spectrum(model: nn.Module, matrices: Sequence[Matrix], edit: Edit) -> dict[str, Any] | None:
+    if edit.blocks > 1:
+        return None  # the values of the whole matrix do not show where its blocks were cut
+    values = torch.linalg.svdvals(read(model, by_name(matrices, edit.matrix)).float())
+    return {"matrix": edit.matrix, "rank": edit.rank, "singular_values": values.tolist()}
+
+
+def _cost(model: nn.Module, matrices: Sequence[Matrix], edits: Candidate) -> Cost:
+    costs = []
+    for edit in edits:
+        weight = read(model, by_name(matrices, edit.matrix))
+        costs.append(cost(edit, [len(rows) for rows in clusters_of(weight, edit)]))
+    return Cost(*(sum(part) for part in zip(*((c.numbers, c.integers, c.flops) for c in costs))))
 
 
 def _candidates(winner: Trial | None, matrices: Sequence[Matrix], seed: int) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {"baseline": ()}
     if winner is not None:
         found["best"] = winner.edits
-        if all(edit.kind == "low_rank" and edit.basis == "top" for edit in winner.edits):
+        if all(_has_random_twin(edit) for edit in winner.edits):
             found["random_basis"] = tuple(_with_random_basis(edit, matrices, seed) for edit in winner.edits)
     return found
+
+
+def _has_random_twin(edit: Edit) -> bool:
+    # Random components of the whole matrix say nothing about components of blocks.
+    return edit.kind == "low_rank" and edit.basis == "top" and edit.blocks == 1
 
 
 def _with_random_basis(edit: Edit, matrices: Sequence[Matrix], seed: int) -> Edit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -59,11 +59,20 @@ class SearchSettings(Settings):
     cache_bytes: int | None = Field(
         default=None, ge=0, description="most that the prefix cache of a worker holds; more is computed again"
     )
+    guard: Literal["fisher", "none"] = Field(
+        default="fisher", description="second order of the prediction: a Fisher term, or none"
+    )
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     layers: tuple[int, ...] | None = Field(
         default=None, min_length=1, description="block indices; negative from the last"
     )
     rho: tuple[float, ...] = Field(default=RHO, min_length=1, description="kept fractions of the largest rank")
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1,), min_length=1, description="numbers of blocks of rows, each cut by itself"
+    )
+    clustering: Literal["contiguous", "heads", "subspaces"] = Field(
+        default="contiguous", description="which rows form a block; 'heads' makes one of every attention head"
+    )
     kind: Literal["low_rank", "zero", "magnitude"] = Field(default="low_rank", description="what replaces a matrix")
     basis: Literal["top", "bottom", "random"] = Field(default="top", description="singular components that stay")
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
@@ -90,6 +99,19 @@ class SearchSettings(Settings):
     def _guided_can_predict(self) -> SearchSettings:
         if self.strategy == "guided" and not self.predictable:
             raise ValueError("strategy 'guided' predicts exact cuts to the top components, and zero")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_can_be_cut(self) -> SearchSettings:
+        several = self.clustering == "heads" or max(self.blocks) > 1
+        if several and (self.kind != "low_rank" or self.basis != "top" or self.svd != "exact"):
+            raise ValueError(
+                "blocks of rows are cut exactly to their top components; another kind takes whole matrices"
+            )
+        if self.clustering == "heads" and self.blocks != (1,):
+            raise ValueError("clustering 'heads' makes one block of every attention head; leave 'blocks' out")
+        if self.clustering == "subspaces" and not several:
+            raise ValueError("clustering 'subspaces' needs 'blocks' above 1")
         return self
 
     @field_validator("types")

@@ -249,7 +249,7 @@ def _cutting(edit: Json) -> str:
     if kind == "zero":
         return f"Zeroing {where}"
     if kind == "low_rank":
-        action = f"Cutting {where} to rank {_count(edit['rank'])} of {_count(min(edit['shape']))} (rho {rho}"
+        action = f"Cutting {where} to rank {_rank(edit)} (rho {rho}"
     else:
         action = f"Editing {where} (kind {kind}, rho {rho}"
     extras = [f"{key} {value}" for key, value in _unusual(edit)]
@@ -267,13 +267,19 @@ def _where(edit: Json) -> str:
 
 def _unusual(edit: Json) -> list[tuple[str, str]]:
     """The settings of an edit that differ from LASER's."""
-    usual = {"weighting": "none", "basis": "top", "blocks": 1}
+    usual = {"weighting": "none", "basis": "top", "blocks": 1, "clustering": "contiguous"}
     return [(key, str(edit[key])) for key, default in usual.items() if edit.get(key, default) != default]
 
 
 def _rank(edit: Json) -> str:
     rank = edit.get("rank")
-    return DASH if rank is None else f"{_count(rank)} of {_count(min(edit['shape']))}"
+    return DASH if rank is None else f"{_count(rank)} of {_count(_full_rank(edit))}"
+
+
+def _full_rank(edit: Json) -> int:
+    """The largest rank of a block of rows."""
+    out, into = edit["shape"]
+    return min(-(-out // (edit.get("blocks") or 1)), into)
 
 
 def _effort(trials: Json | None) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eckart import truncation
+from eckart.clustering import Cluster
 from eckart.dataflow import example_inputs, execution_order
 from eckart.encoding import Block, Encoded
 from eckart.matrices import Matrix, by_name, find_blocks, find_matrices, read, write
@@ -24,8 +24,7 @@ from eckart.plan import Edit
 from eckart.prefix import PrefixCache, agree, run_block
 from eckart.race import Rival, Rules, stop
 from eckart.scoring import BlockScores, Normalize, only_positions, score_block
-from eckart.surgery import replacement
-from eckart.truncation import Spectrum
+from eckart.surgery import decomposition, decomposition_key, replacement
 
 Candidate = tuple[Edit, ...]
 """Edits that are made together; none for the unedited model."""
@@ -236,7 +235,7 @@ class _Weights:
         self._worker = worker
         self._held: Candidate | None = None
         self._originals: dict[str, tuple[Matrix, Tensor]] = {}
-        self._spectra: dict[str, Spectrum] = {}
+        self._decomposed: dict[tuple[Any, ...], Sequence[Cluster]] = {}
 
     def hold(self, candidate: Candidate) -> None:
         """Edit the model, unless it holds the candidate already."""
@@ -248,7 +247,7 @@ class _Weights:
                 self._originals[edit.matrix] = matrix, read(self._worker.model, matrix)
             matrix, original = self._originals[edit.matrix]
             with self._worker.timing("svd"):
-                write(self._worker.model, matrix, replacement(original, edit, self._spectrum(original, edit)))
+                write(self._worker.model, matrix, replacement(original, edit, self._clusters(original, edit)))
         self._held = candidate
 
     def restore(self) -> None:
@@ -257,12 +256,15 @@ class _Weights:
             write(self._worker.model, *self._originals[edit.matrix])
         self._held = None
 
-    def _spectrum(self, original: Tensor, edit: Edit) -> Spectrum | None:
-        if edit.kind != "low_rank" or edit.svd != "exact":
+    def _clusters(self, original: Tensor, edit: Edit) -> Sequence[Cluster] | None:
+        if edit.kind != "low_rank" or edit.svd != "exact" or edit.rank == edit.full_rank:
             return None
-        if edit.matrix not in self._spectra:
-            self._spectra[edit.matrix] = truncation.decompose(original)
-        return self._spectra[edit.matrix]
+        if edit.clustering == "subspaces":
+            return decomposition(original, edit)  # serves this rank alone
+        key = (edit.matrix, *decomposition_key(edit))
+        if key not in self._decomposed:
+            self._decomposed[key] = decomposition(original, edit)
+        return self._decomposed[key]
 
 
 class Walk:

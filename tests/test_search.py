@@ -9,9 +9,9 @@ import torch
 import eckart.laser as laser_module
 import eckart.sweep as sweep_module
 import tiny_models as tiny
-from eckart.encoding import Block
 from eckart.errors import MatrixError, ModelError
 from eckart.laser import forecast, make_grid, search
+from eckart.layout import Block, Pass
 from eckart.ledger import Ledger
 from eckart.matrices import find_blocks, find_matrices, read, select, write
 from eckart.prefix import PrefixCache
@@ -79,12 +79,12 @@ def test_the_architectures_for_which_prompts_are_read_once_are_known(name):
     encoded = prepare(tiny.build(name), tiny.tokenizer(), task)
     # Windows of 8 tokens are shorter than these prompts; ALiBi and the older families build masks of their own.
     plain = {"mistral", "gemma2", "gemma3", "falcon_rw", "bloom", "gpt_oss"}
-    assert (encoded.blocks[0].prompt is None) == (name in plain)
+    assert (encoded.layout == "plain") == (name in plain)
 
 
 def whole_batch(inputs):
     nothing = torch.zeros(0, dtype=torch.long)
-    return Block((), (), None, inputs, nothing, nothing, nothing, nothing, nothing)
+    return Block((), (), (Pass(inputs),), nothing, nothing, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "t5"])

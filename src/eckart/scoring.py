@@ -14,16 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart.encoding import (
-    BATCH_TOKENS,
-    Block,
-    Encoded,
-    context_length,
-    encode,
-    model_kind,
-    prompt_tokens,
-    share_prompts,
-)
+from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, prompt_tokens, worthwhile
+from eckart.layout import Block
 from eckart.matrices import output_embeddings
 from eckart.prefix import run_block
 from eckart.results import Measurement, mean, perplexity
@@ -124,37 +116,55 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     start = getattr(model.config, "decoder_start_token_id", None) or 0
     plain = encode(task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding)
     plain = _on_device(model, plain)
-    if kind != "causal" or task.kind == "text":
-        return plain
-    shared = share_prompts(plain, encoding.get("batch_tokens", BATCH_TOKENS))
-    if shared is None:
-        return plain
-    shared = _on_device(model, shared)
-    return shared if _same_likelihoods(model, shared, plain) else plain
+    for layout in worthwhile(plain):
+        shared = _on_device(model, arrange(plain, layout=layout))
+        if _same_likelihoods(model, shared, plain):
+            return shared
+    return plain
+
+
+def stratify(model: nn.Module, encoded: Encoded, strata: Sequence[int]) -> Encoded:
+    """Put some examples before others, in the layout that was found exact for the model.
+
+    Args:
+        model: The model that `encoded` was prepared for. Not modified.
+        encoded: From `prepare`. Not modified.
+        strata: A number for each example (window, for perplexity tasks): those of smaller numbers come first, and
+            no block mixes two of them.
+
+    Returns:
+        The task in other blocks, on the model's device.
+
+    Raises:
+        ValueError: There are more or fewer strata than examples.
+    """
+    return _on_device(model, arrange(encoded, strata=strata))
 
 
 def _on_device(model: nn.Module, encoded: Encoded) -> Encoded:
     """Move blocks to the model, and masks from true and false to what attention adds to its scores."""
     parameter = next(model.parameters())
-    blocks = []
-    for block in encoded.blocks:
-        moved = block.to(parameter.device)
-        mask = moved.inputs.get("attention_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            hidden = torch.zeros(mask.shape, dtype=parameter.dtype, device=mask.device)
-            moved.inputs["attention_mask"] = hidden.masked_fill_(~mask, torch.finfo(parameter.dtype).min)
-        blocks.append(moved)
-    return replace(encoded, blocks=tuple(blocks))
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(parameter.device)
+        if tensor.dtype != torch.bool:
+            return tensor
+        hidden = torch.zeros(tensor.shape, dtype=parameter.dtype, device=tensor.device)
+        return hidden.masked_fill_(~tensor, torch.finfo(parameter.dtype).min)
+
+    return replace(encoded, blocks=tuple(block.mapped(move) for block in encoded.blocks))
 
 
 def _same_likelihoods(model: nn.Module, shared: Encoded, plain: Encoded) -> bool:
-    """Check on the longest examples whether a model scores answers behind a shared prompt as by themselves.
+    """Check on the first block and on that of the longest example whether a layout gives the plain one's scores.
 
     Models with sliding windows shorter than the prompt, ALiBi or other masks of their own do not.
     """
-    wanted = set(shared.blocks[0].examples)
+    longest = max(range(plain.count), key=lambda index: max(len(s.row.ids) for s in plain.sequences[index]))
+    tried = {0, next(index for index, block in enumerate(shared.blocks) if longest in block.examples)}
+    wanted = {example for index in tried for example in shared.blocks[index].examples}
     try:
-        found = _likelihoods(model, shared, [0])
+        found = _likelihoods(model, shared, sorted(tried))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # the model takes no cache, position ids or mask of this kind
     blocks = [index for index, block in enumerate(plain.blocks) if wanted & set(block.examples)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -145,7 +145,4 @@ def _summed_loss(model: nn.Module, encoded: Encoded, block: Block) -> Tensor:
 def _own(block: Block) -> Block:
     """Copy a block's tensors, since those made in inference mode cannot take part in a backward pass."""
     with torch.inference_mode(False):
-        copied = {name: getattr(block, name).clone() for name in ("rows", "columns", "position", "target", "sequence")}
-        inputs = {name: tensor.clone() for name, tensor in block.inputs.items()}
-        prompt = None if block.prompt is None else block.prompt.clone()
-        return replace(block, prompt=prompt, inputs=inputs, **copied)
+        return block.mapped(torch.clone)

@@ -25,7 +25,7 @@ from torch import Tensor
 ModelKind = Literal["causal", "masked", "encoder_decoder"]
 Layout = Literal["plain", "tree", "prompts", "prefixes"]
 PASSES: dict[Layout, int] = {"plain": 1, "tree": 1, "prompts": 2, "prefixes": 3}
-# What a forward pass costs beyond its tokens, in tokens: measured at 30 to 100 for models of 8 layers on a CPU.
+# What a forward pass costs beyond its tokens, in tokens; of 32 to 256 tried on two small models, none was clearly better.
 PASS_TOKENS = 64
 # Attention gives every row its own copy of the prefix, one layer at a time: at most so many times `batch_tokens`.
 COPIES = 16
@@ -289,18 +289,21 @@ def _prefix_lengths(prompts: dict[int, tuple[int, ...]]) -> dict[int, int]:
 
 def _cut(packs: dict[int, _Pack], passes: int, batch_tokens: int) -> tuple[int, list[list[int]]]:
     """Cut examples into batches of the least cost, padding and passes counted; the cheapest of two orders."""
+    # Examples with one prefix stay together, so the widest of them decides where they stand.
     widest: dict[tuple[int, ...], tuple[int, int]] = {}
     for pack in packs.values():
-        widest[pack.prefix] = max(widest.get(pack.prefix, (0, 0)), (pack.width, len(pack.rest)))
+        rest, answer = widest.get(pack.prefix, (0, 0))
+        widest[pack.prefix] = max(rest, len(pack.rest)), max(answer, pack.width)
 
     def by_prompt(index: int) -> tuple[object, ...]:
         pack = packs[index]
-        return -len(pack.prefix), pack.prefix, -len(pack.rest), -pack.width, index
+        rest, answer = widest[pack.prefix]
+        return -rest, -len(pack.prefix), -answer, pack.prefix, -len(pack.rest), -pack.width, index
 
     def by_answer(index: int) -> tuple[object, ...]:
         pack = packs[index]
-        answer, rest = widest[pack.prefix]
-        return -answer, -rest, pack.prefix, -pack.width, -len(pack.rest), index
+        rest, answer = widest[pack.prefix]
+        return -answer, -rest, -len(pack.prefix), pack.prefix, -pack.width, -len(pack.rest), index
 
     orders = [sorted(packs, key=key) for key in (by_prompt, by_answer)]
     return min((_cut_in_order(packs, order, passes, batch_tokens) for order in orders), key=lambda found: found[0])

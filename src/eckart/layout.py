@@ -25,7 +25,7 @@ from torch import Tensor
 ModelKind = Literal["causal", "masked", "encoder_decoder"]
 Layout = Literal["plain", "tree", "prompts", "prefixes"]
 PASSES: dict[Layout, int] = {"plain": 1, "tree": 1, "prompts": 2, "prefixes": 3}
-# What a forward pass costs beyond its tokens, in tokens; of 32 to 256 tried on two small models, none was clearly better.
+# What a forward pass costs beyond its tokens, in tokens; of 32 to 256, no value was clearly better on two small models.
 PASS_TOKENS = 64
 # Attention gives every row its own copy of the prefix, one layer at a time: at most so many times `batch_tokens`.
 COPIES = 16

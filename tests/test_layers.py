@@ -11,7 +11,7 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors"},
-    {"truncation", "results", "dataflow"},
+    {"truncation", "results", "dataflow", "layout"},
     {"clustering"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},

@@ -33,7 +33,7 @@ def task_of(kind, count=24, choices=3):
 
 def settings_for(strategy, **others):
     return SearchSettings(
-        **({"strategy": strategy, "rho": (0.05, 0.3, 0.8), "split": 0.6, "batch_tokens": 48} | others)
+        **({"strategy": strategy, "rho": (0.05, 0.3, 0.8), "split": 0.6, "batch_tokens": 24} | others)
     )
 
 

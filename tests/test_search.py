@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import eckart.laser as laser_module
-import eckart.sweep as sweep_module
 import tiny_models as tiny
+from eckart import truncation
 from eckart.driver import Driver
-from eckart.encoding import Block
 from eckart.errors import MatrixError, ModelError
 from eckart.laser import forecast, make_grid, search
+from eckart.layout import Block, Pass
 from eckart.ledger import Ledger
 from eckart.matrices import find_blocks, find_matrices, read, select, write
 from eckart.prefix import PrefixCache
@@ -80,12 +80,12 @@ def test_the_architectures_for_which_prompts_are_read_once_are_known(name):
     encoded = prepare(tiny.build(name), tiny.tokenizer(), task)
     # Windows of 8 tokens are shorter than these prompts; ALiBi and the older families build masks of their own.
     plain = {"mistral", "gemma2", "gemma3", "falcon_rw", "bloom", "gpt_oss"}
-    assert (encoded.blocks[0].prompt is None) == (name in plain)
+    assert (encoded.layout == "plain") == (name in plain)
 
 
 def whole_batch(inputs):
     nothing = torch.zeros(0, dtype=torch.long)
-    return Block((), (), None, inputs, nothing, nothing, nothing, nothing, nothing)
+    return Block((), (), (Pass(inputs),), nothing, nothing, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "t5"])
@@ -141,8 +141,8 @@ def test_a_model_whose_blocks_are_no_chain_is_searched_with_whole_passes():
 
 def test_each_matrix_is_decomposed_once(monkeypatch):
     count = []
-    decompose = sweep_module.truncation.decompose
-    monkeypatch.setattr(sweep_module.truncation, "decompose", lambda w: count.append(1) or decompose(w))
+    decompose = truncation.decompose
+    monkeypatch.setattr(truncation, "decompose", lambda w: count.append(1) or decompose(w))
     settings = SearchSettings(strategy="exhaustive", types=("mlp",), rho=(0.1, 0.3, 0.5, 0.9), split=0.5)
     search(tiny.build("llama"), tiny.tokenizer(), labelled(), settings)
     # Nine matrices; the winner's is decomposed once more, for its cut and the control's on the test examples.
@@ -277,9 +277,9 @@ def test_every_trial_with_blocks_is_that_of_brute_force(name, options):
                 write(model, matrix, torch.cat(parts))
                 expected[matrix.name, blocks, rank] = summarize(encoded, score(model, tokenizer, encoded))
                 write(model, matrix, original)
-    assert {(t.edit.matrix, t.edit.blocks, t.edit.rank) for t in result.trials} == set(expected)
+    assert {(t.edits[0].matrix, t.edits[0].blocks, t.edits[0].rank) for t in result.trials} == set(expected)
     for trial in result.trials:
-        want = expected[trial.edit.matrix, trial.edit.blocks, trial.edit.rank]
+        want = expected[trial.edits[0].matrix, trial.edits[0].blocks, trial.edits[0].rank]
         assert trial.validation["accuracy"].value == want["accuracy"].value
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
 
@@ -294,7 +294,7 @@ def test_a_search_of_subspaces_measures_what_its_plan_puts_into_the_model():
     validation, _ = split(task, settings.split, seed=settings.seed)
     encoded = prepare(model, tokenizer, validation, **settings.encoding)
     for trial in result.trials[::5]:
-        with applied(model, [trial.edit]):
+        with applied(model, [trial.edits[0]]):
             want = summarize(encoded, score(model, tokenizer, encoded))
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
     (edit,) = result.plan.edits

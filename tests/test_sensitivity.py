@@ -174,7 +174,7 @@ def test_a_guided_search_of_blocks_measures_the_best_predicted_ones(options):
     )
     found = search(model, tokenizer, task, settings)
     best = sorted(found.predictions, key=lambda p: p.total)[:4]
-    assert {p.edit for p in best} == {t.edit for t in found.trials}
+    assert {p.edit for p in best} == {t.edits[0] for t in found.trials}
     assert {p.edit.blocks for p in found.predictions} == set(settings.blocks)
     assert all((p.guard == 0) == (settings.guard == "none") for p in found.predictions)
 

@@ -403,7 +403,7 @@ def _losses(model: nn.Module, encoded: Encoded) -> Iterator[Tensor]:
     """For each block, its share of the mean loss: a mean over answers of their mean over tokens, or over all tokens."""
     device = next(model.parameters()).device
     for block in encoded.blocks:
-        block = block.to(device)
+        block = block.mapped(lambda tensor: tensor.to(device))
         with only_positions(model, block.rows, block.columns) as logits_of:
             logits = logits_of(run_block(model, block)).float()
         tokens = cross_entropy(logits[block.position], block.target, reduction="none")

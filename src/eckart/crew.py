@@ -235,4 +235,4 @@ def placed(parts: Mapping[str, Encoded], device: str) -> dict[str, Encoded]:
 
 def _moved(part: Encoded, device: str) -> Encoded:
     with torch.inference_mode(False):
-        return replace(part, blocks=tuple(block.to(torch.device(device)) for block in part.blocks))
+        return replace(part, blocks=tuple(block.mapped(lambda tensor: tensor.to(device)) for block in part.blocks))

@@ -26,7 +26,7 @@ from eckart.proof import Flip, cheap_controls, prove, warnings_of
 from eckart.race import Measurements, Rival, Rules, Trial, choose, strata_of
 from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
-from eckart.scoring import BlockScores, arrange, assemble, prepare, score, score_block, summarize
+from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify, summarize
 from eckart.sensitivity import Prediction, predict
 from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
 from eckart.sweep import Candidate, Route, key_of, route_of
@@ -319,7 +319,7 @@ def _lay_out(
     strata = strata_of(encoded.count, scores, confidence=settings.confidence, seed=settings.seed)
     if strata is None:
         return encoded, Rules(settings.select)
-    arranged = arrange(model, encoded, settings.batch_tokens, strata)
+    arranged = stratify(model, encoded, strata)
     ends = [strata[block.examples[0]] for block in arranged.blocks]
     looks = tuple(n for n in range(1, len(ends)) if ends[n] != ends[n - 1])
     return arranged, Rules(settings.select, settings.confidence, looks)

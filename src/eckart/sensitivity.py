@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -203,7 +203,4 @@ def _summed_loss(model: nn.Module, encoded: Encoded, block: Block) -> Tensor:
 def _own(block: Block) -> Block:
     """Copy a block's tensors, since those made in inference mode cannot take part in a backward pass."""
     with torch.inference_mode(False):
-        copied = {name: getattr(block, name).clone() for name in ("rows", "columns", "position", "target", "sequence")}
-        inputs = {name: tensor.clone() for name, tensor in block.inputs.items()}
-        prompt = None if block.prompt is None else block.prompt.clone()
-        return replace(block, prompt=prompt, inputs=inputs, **copied)
+        return block.mapped(torch.clone)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from eckart.clustering import Cluster
 from eckart.dataflow import example_inputs, execution_order
-from eckart.encoding import Block, Encoded
+from eckart.encoding import Encoded
+from eckart.layout import Block
 from eckart.matrices import Matrix, by_name, find_blocks, find_matrices, read, write
 from eckart.plan import Edit
 from eckart.prefix import PrefixCache, agree, run_block
@@ -291,7 +292,8 @@ class Walk:
         self.model, self.route = model, route
         self.batches: dict[int, Block] = {index: encoded.blocks[index] for index in blocks}
         self.numbers = {index: number for number, index in enumerate(blocks)}
-        self.cache = PrefixCache(model, list(route.stacks.items()), list(self.batches.values()))
+        stacks, batches = list(route.stacks.items()), list(self.batches.values())
+        self.cache = PrefixCache(model, stacks, batches, cache_bytes=cache_bytes)
         self.at = (0, 0)
         """Place of the current matrix."""
         self.exact = True
@@ -300,7 +302,7 @@ class Walk:
     @property
     def peak_bytes(self) -> int:
         """Most that the cache held."""
-        return 0
+        return self.cache.peak_bytes
 
     def to(self, matrix: Matrix) -> None:
         """Skip everything that runs before a matrix.

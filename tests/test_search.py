@@ -258,7 +258,7 @@ def test_equal_ranks_are_tried_once():
 def test_every_trial_with_blocks_is_that_of_brute_force(name, options):
     model, tokenizer, task = tiny.build(name), tiny.tokenizer(mask=True), labelled()
     types = ("q_proj", "v_proj") if options.get("clustering") else ("v_proj", "fc_in")
-    settings = SearchSettings(types=types, rho=(0.1, 0.5), split=0.5, **options)
+    settings = SearchSettings(strategy="exhaustive", types=types, rho=(0.1, 0.5), split=0.5, **options)
     before = weights_sha256(model)
     result = search(model, tokenizer, task, settings)
     assert weights_sha256(model) == before
@@ -286,7 +286,9 @@ def test_every_trial_with_blocks_is_that_of_brute_force(name, options):
 
 def test_a_search_of_subspaces_measures_what_its_plan_puts_into_the_model():
     model, tokenizer, task = tiny.build("llama"), tiny.tokenizer(), labelled(40)
-    settings = SearchSettings(types=("mlp",), rho=(0.05, 0.3), blocks=(2, 4), clustering="subspaces", split=0.5)
+    settings = SearchSettings(
+        strategy="exhaustive", types=("mlp",), rho=(0.05, 0.3), blocks=(2, 4), clustering="subspaces", split=0.5
+    )
     before = weights_sha256(model)
     result = search(model, tokenizer, task, settings)
     assert weights_sha256(model) == before

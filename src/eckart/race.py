@@ -56,8 +56,8 @@ class Trial:
 
     @property
     def rank(self) -> int:
-        """Components kept, over all edits."""
-        return sum(edit.rank for edit in self.edits)
+        """Components kept, over all edits and their blocks of rows."""
+        return sum(edit.rank * edit.blocks for edit in self.edits)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Low-rank surgery on transformers: find the matrix to cut, prove the gain, ship the model.",
 )
+# A text of fewer documents is cut into passages: some must choose, the others prove.
+TEXT_EXAMPLES = 20
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
@@ -96,8 +98,13 @@ def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = Fals
 @app.command()
 def search(
     model: Model,
-    task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
+    task: Annotated[Path | None, typer.Option(help="JSON Lines file with labelled examples.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file, for people without labels.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Of --text: perplexity or agreement.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Nats/token that agreement may cost.  [default: 0.01]")
+    ] = None,
     strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.  [default: race]")] = None,
     select: Annotated[str | None, typer.Option(help="The best edit has the best 'accuracy' or 'loss'.")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Edits that --strategy guided measures.  [default: 16]")] = None,
@@ -140,10 +147,14 @@ def search(
     """Find the matrix whose cut helps most, and prove the gain."""
     from eckart.recipe import SearchSettings, make_settings
     from eckart.run import forecast_search
-    from eckart.tasks import read_task
+    from eckart.tasks import read_task, read_text
 
     with _reported(debug, resume=True):
+        if (task is None) == (text is None):
+            raise typer.BadParameter("give --task, or --text for people without labels")
         given: dict[str, Any] = {
+            "objective": objective or ("perplexity" if text else None),
+            "tolerance": tolerance,
             "strategy": strategy,
             "select": select,
             "shortlist": shortlist,
@@ -174,7 +185,7 @@ def search(
             "stride": stride,
         }
         settings = make_settings(SearchSettings, given, recipe)
-        examples_read = read_task(task)
+        examples_read = read_task(task) if task else read_text(text or "", passages=TEXT_EXAMPLES)
         if dry_run:
             _print_forecast(forecast_search(model, examples_read, settings, device=device, dtype=dtype), json)
             return
@@ -366,8 +377,13 @@ def _search(
 
 
 def _describe(trial: Any) -> str:
-    name = "accuracy" if "accuracy" in trial.validation else "loss"
+    name = _leading(trial.validation)
     return f"{'; '.join(map(_short, trial.edits))}: {name} {trial.validation[name].value:.3f}"
+
+
+def _leading(found: Mapping[str, Any]) -> str:
+    """The measurement that says most."""
+    return next(name for name in ("accuracy", "loss", "divergence") if name in found)
 
 
 def _short(edit: Any) -> str:
@@ -400,7 +416,7 @@ def _print_search(found: SearchResult) -> None:
         table.add_row(name, _number(before), after, _gain(gains.get(name)))
     for name, control in found.controls.items():
         change = _gain(control.get("gain") or control.get("loss_gain")) or "control"
-        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), change)
+        table.add_row(name.replace("_", " "), "", _number(control[_leading(control)]), change)
     output.print(table)
     if found.gain is not None and found.gain.p_value is not None:
         counts = found.flip_counts

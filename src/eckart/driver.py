@@ -176,7 +176,7 @@ class Driver:
             if ended:
                 trial = trials[key] = trial_of(by_key[key], encoded, found, rival, self.rules)
                 stopped += trial.stopped is not None
-                best = choose([t for t in (best, trial) if t], baseline, self.rules.select) or best
+                best = choose([t for t in (best, trial) if t], baseline, self.rules) or best
             else:
                 examples += len(encoded.blocks[max(found)].examples)
             if self.progress is not None:
@@ -196,7 +196,7 @@ class Driver:
             Its measurements and scores.
         """
         found = self.ledger.known("validation", key_of(trial.edits))
-        return Rival(trial.validation, assemble(self.parts["validation"], found))
+        return Rival(trial.edits, trial.validation, assemble(self.parts["validation"], found))
 
     def _do(
         self, jobs: Sequence[Job], tell: Callable[[str, Mapping[int, BlockScores], bool], None]

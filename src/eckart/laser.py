@@ -19,14 +19,15 @@ from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
 from eckart.driver import Driver, Progress, open_crew
 from eckart.encoding import Encoded
+from eckart.errors import TaskError
 from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, coverage, find_matrices, partition, read, select
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.proof import Flip, cheap_controls, prove, warnings_of
-from eckart.race import Measurements, Rival, Rules, Trial, choose, strata_of
+from eckart.race import Measurements, Rival, Rules, Trial, choose, measurements, removed, strata_of
 from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
-from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify, summarize
+from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify
 from eckart.sensitivity import Prediction, predict
 from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
 from eckart.sweep import Candidate, Route, key_of, route_of
@@ -186,6 +187,11 @@ def search(
     """
     settings = settings or SearchSettings()
     started = time.perf_counter()
+    if settings.objective != "task" and task.kind != "text":
+        raise TaskError(
+            f"{task.name} has answers, and objective '{settings.objective}' is about text without labels. Give a text "
+            "(--text FILE on the command line), or leave the objective at 'task'."
+        )
     check_finite(model)
     matrices = find_matrices(model)
     grid = make_grid(matrices, settings)
@@ -223,7 +229,7 @@ def search(
         driver = Driver(crew, book, progress)
         driver.begin(parts, rules)
         (unedited,) = driver.score("validation", [()])
-        baseline = Rival(summarize(parts["validation"], unedited), unedited)
+        baseline = Rival((), measurements(parts["validation"], unedited, rules), unedited)
         began = time.perf_counter()
         predictions = _predict(model, tokenizer, validation, grid, settings)
         predicting = time.perf_counter() - began
@@ -242,7 +248,7 @@ def search(
                 beam=settings.beam,
             )
         tried = [*trials, *compositions]
-        winner = choose(tried, baseline.measurements, settings.select)
+        winner = choose(tried, baseline.measurements, rules)
         proving = Progress("proving", len(tried), len(tried), 0, 0, 0, winner, baseline.measurements)
         if progress is not None:
             progress(proving)
@@ -318,11 +324,11 @@ def _lay_out(
         scores = assemble(encoded, _in_order(model, tokenizer, book, encoded, settings))
     strata = strata_of(encoded.count, scores, confidence=settings.confidence, seed=settings.seed)
     if strata is None:
-        return encoded, Rules(settings.select)
+        return encoded, Rules(settings.best_at, settings.tolerance)
     arranged = stratify(model, encoded, strata)
     ends = [strata[block.examples[0]] for block in arranged.blocks]
     looks = tuple(n for n in range(1, len(ends)) if ends[n] != ends[n - 1])
-    return arranged, Rules(settings.select, settings.confidence, looks)
+    return arranged, Rules(settings.best_at, settings.tolerance, settings.confidence, looks)
 
 
 def _in_order(
@@ -364,10 +370,10 @@ def _singles(
     if settings.strategy == "exhaustive":
         trials = driver.try_all(_groups(route, grid), baseline.measurements, None)
     else:
-        first = _contenders(grid, predictions, settings.shortlist)
+        first = _contenders(grid, predictions, settings.shortlist, driver.rules)
         trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline)
         if settings.strategy == "race":
-            best = choose(trials, baseline.measurements, settings.select)
+            best = choose(trials, baseline.measurements, driver.rules)
             others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
             rival = driver.rival(best) if best else baseline
             trials += driver.try_all(_groups(route, grid, others), baseline.measurements, rival, best=best)
@@ -376,12 +382,20 @@ def _singles(
     return [found[key] for key in keys if key in found]
 
 
-def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int) -> set[str]:
+def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int, rules: Rules) -> set[str]:
     """The edits with the lowest predicted loss; without predictions, edits from all over the grid."""
     if predictions:
-        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: p.total)[:count]}
+        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: _promise(p, rules))[:count]}
     keys = [key_of((edit,)) for _, edits in grid for edit in edits]
     return {keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))}
+
+
+def _promise(prediction: Prediction, rules: Rules) -> tuple[float, float]:
+    if rules.select != "size":
+        return prediction.total, 0.0
+    # A divergence has no first order, and its second is what guards the prediction of the loss.
+    within = prediction.guard <= rules.tolerance
+    return (-float(removed((prediction.edit,))) if within else 0.0), prediction.guard
 
 
 def _groups(route: Route, grid: Grid, wanted: set[str] | None = None) -> list[tuple[Matrix, list[Candidate]]]:

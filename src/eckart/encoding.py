@@ -245,12 +245,16 @@ def prompt_tokens(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """
     if not prompts:
         return []
+    # A prompt with several answers is tokenised once.
+    bare_prompts = [prompt.rstrip() for prompt in prompts]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(bare_prompts))}
     bare = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
     starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
     suffix = len(full) - len(bare) - starts[0] if starts else 0
-    batch = tokenizer([prompt.rstrip() for prompt in prompts]).input_ids
-    return [list(ids[: len(ids) - suffix]) for ids in batch]
+    batch = tokenizer(list(numbers), return_attention_mask=False, return_token_type_ids=False).input_ids
+    found = [list(ids[: len(ids) - suffix]) for ids in batch]
+    return [found[numbers[prompt]] for prompt in bare_prompts]
 
 
 def _sequences(task: Task, tokenizer: Any, kind: ModelKind, decoder_start: int) -> list[list[Sequence_]]:

@@ -416,7 +416,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     """Say what a search would do and how long it would take.
 
     Runs the unedited model once on the examples that choose and decomposes the smallest chosen matrix; the
-    rest is scaled from that.
+    rest is scaled from that. Time is that of one worker, and an upper bound: what a race will save is not known.
 
     Args:
         model: As for `search`. Not modified.
@@ -439,10 +439,10 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         began = time.perf_counter()
         score(model, tokenizer, encoded, normalize=settings.normalize)
         a_pass = time.perf_counter() - began
-        smallest, edits = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
+        smallest, of_it = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
         weight = read(model, smallest)
         began = time.perf_counter()
-        for edit in {decomposition_key(edit): edit for edit in edits}.values():
+        for edit in {decomposition_key(edit): edit for edit in of_it}.values():
             decomposition(weight, edit)
         svd = time.perf_counter() - began
         route = route_of(model)
@@ -450,28 +450,25 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     def svd_cost(matrix: Matrix) -> int:
         return matrix.shape[0] * matrix.shape[1] * matrix.rank
 
+    edits = sum(len(edits) for _, edits in grid)
     depth = max(1, len(route.stacks))
-    shares = [len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid]
-    svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
-    item = next(model.parameters()).element_size()
-    tokens = sum(block.size for block in encoded.blocks)
-    config: Any = model.config
+    # Of a pass, what runs from an edit's block on.
+    share = sum(len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid) / edits
+    guided = settings.strategy == "guided"
+    passes = share * (min(settings.shortlist, edits) if guided else edits)
+    passes += 3 * (settings.strategy != "exhaustive" and settings.predictable)  # forward and backward
     # Proving takes three passes over the test examples: unedited, winner, random components.
-    proving = 3 * len(test.examples) / len(validation.examples)
+    proving = len(test.examples) / len(validation.examples)
+    svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
+    config: Any = model.config
+    token = config.get_text_config().hidden_size * next(model.parameters()).element_size()
+    cache = int(sum(block.size for block in encoded.blocks) * max(1.0, proving) * token)
     return {
         "matrices": len(grid),
-        "edits": sum(len(edits) for _, edits in grid),
+        "edits": edits,
         "validation_examples": encoded.count,
         "test_examples": len(test.examples),
-        "seconds": round(a_pass * (_passes(settings, shares) + proving) + svd, 1),
+        "seconds": round(a_pass * (passes + 3 * proving) + svd, 1),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "prefix_cache_bytes": tokens * config.get_text_config().hidden_size * item,
+        "prefix_cache_bytes": cache if settings.cache_bytes is None else min(cache, settings.cache_bytes),
     }
-
-
-def _passes(settings: SearchSettings, shares: Sequence[float]) -> float:
-    """How often the examples that choose are run, at most."""
-    if settings.strategy != "guided":
-        return sum(shares)
-    edits = min(settings.shortlist, len(shares))
-    return 3 + sum(sorted(shares, reverse=True)[:edits]) / max(1, len(shares)) * edits

@@ -155,7 +155,7 @@ def strata_of(count: int, scores: Scores | None, *, confidence: float | None, se
     """Say in which order examples should be scored so that a race can stop early.
 
     Exact proofs come soonest where the unedited model is wrong, then where it is least sure: most edits answer as
-    it does, and an edit that mends nothing there is out at once. A sequential test needs random stages instead.
+    it does, and one that mends nothing there is out. A sequential test needs random stages instead.
 
     Args:
         count: Number of examples.
@@ -174,10 +174,13 @@ def strata_of(count: int, scores: Scores | None, *, confidence: float | None, se
         return strata.tolist()
     if scores is None or scores.correct is None:
         return None
-    right = np.flatnonzero(scores.correct)
-    unsure = right[np.argsort(-scores.loss[right], kind="stable")][: math.ceil(count / 10)]
-    strata = np.where(scores.correct, 2, 0)
-    strata[unsure] = 1
+    # Few examples at first: against a strong rival they are enough.
+    tenth = math.ceil(count / 10)
+    strata = np.empty(count, dtype=np.int64)
+    for first, is_right in ((0, False), (2, True)):
+        group = np.flatnonzero(scores.correct == is_right)
+        strata[group] = first + 1
+        strata[group[np.argsort(-scores.loss[group], kind="stable")][:tenth]] = first
     return strata.tolist()
 
 

@@ -356,7 +356,7 @@ def _cost(cost: Json | None, edits: list[Json]) -> str:
     return (
         f"Kept as factors, {them} would take {_count(numbers)} numbers instead of {_count(dense)}"
         f" ({100 * numbers / dense:.3g} %){order}, and {_count(cost['flops'])} floating-point operations a token "
-        f"instead of {_count(2 * dense)}. `eckart apply` writes dense weights."
+        f"instead of {_count(2 * dense)}. eckart apply writes dense weights."
     )
 
 

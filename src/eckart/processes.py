@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -15,16 +19,19 @@ from eckart.errors import EckartError
 from eckart.race import Rules
 from eckart.sweep import Event, Job, Known
 
+START_METHOD = "spawn"
+"""Not `fork`: a forked copy of a process whose threads have run hangs in its first parallel region."""
+
 
 class Process:
     """A worker in a local process; a pipe is the line to it."""
 
     def __init__(self) -> None:
-        # Spawn: a forked copy of a process whose threads have run hangs in its first parallel region.
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self.line, far = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far,), daemon=True)
-        self._process.start()
+        self._process: Any = context.Process(target=_serve, args=(far,), daemon=True)
+        with _without_interrupts():
+            self._process.start()
         far.close()
 
     def begin(self, orders: Orders, parts: Mapping[str, Encoded], rules: Rules) -> None:
@@ -39,6 +46,8 @@ class Process:
         try:
             self.line.send(message)
         except OSError:
+            while self._said_more():  # what it said before it died may be why
+                self.take()
             raise Lost(self._fate()) from None
 
     def take(self) -> Event:
@@ -51,6 +60,12 @@ class Process:
             raise event
         return event
 
+    def _said_more(self) -> bool:
+        try:
+            return self.line.poll()
+        except OSError:
+            return False
+
     def _fate(self) -> str:
         self._process.join(5)
         code = self._process.exitcode
@@ -62,12 +77,35 @@ class Process:
         self._process.join(5)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
         self.line.close()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that begin meanwhile never see Ctrl-C, which is the driver's to handle."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its own start would let interrupts in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_driver() -> None:
+    driver = multiprocessing.parent_process()
+    assert driver is not None, "a worker has a driver"
+    wait([driver.sentinel])
+    os._exit(1)  # whatever it is doing, nobody waits for it any more
 
 
 def _serve(line: Connection) -> None:
     """What a local worker's process does, until its driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
         orders, parts, rules = line.recv()
         with orders.worker() as worker:

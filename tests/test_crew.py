@@ -275,18 +275,28 @@ def test_ray_actors_of_which_one_dies_find_what_one_worker_finds_to_the_bit(ray,
     tickets = faults.give_tickets(tmp_path / "tickets", 1)
     cpus = os.cpu_count() or 1
     workers = min(2, cpus)
-    together, their_counts, seen = run(
-        settings, workers=workers, ray="auto", fault=faults.Fault("die", 20, tickets)
-    )
+    together, their_counts, seen = run(settings, workers=workers, ray="auto", fault=faults.Fault("die", 20, tickets))
     assert not list(tickets.iterdir()), "nobody died"
     assert facts(together) == facts(alone)
     assert their_counts == counts
     check_progress(seen, together)
-    tickets = faults.give_tickets(tmp_path / "more", 1)
-    with pytest.raises(TaskError, match=r"^This task is refused"):
-        run(SMALL, ray="auto", fault=faults.Fault("refuse", 6, tickets))
     with pytest.raises(EckartError, match="do not fit the Ray cluster at 'auto'"):
         run(SMALL, workers=cpus + 1, ray="auto")
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_raised_in_a_ray_actor_reaches_the_driver(ray, tmp_path):
+    tickets = faults.give_tickets(tmp_path / "tickets", 1)
+    with pytest.raises(TaskError, match=r"^This task is refused\. Another is not\. Take another\.$"):
+        run(SMALL, ray="auto", fault=faults.Fault("refuse", 6, tickets))
+    tickets = faults.give_tickets(tmp_path / "more", 1)
+    with pytest.raises(ArithmeticError, match=r"(?s)faults\.py.*no such luck"):
+        run(SMALL, ray="auto", fault=faults.Fault("raise", 6, tickets))
+    tickets = faults.give_tickets(tmp_path / "most", 100)
+    with pytest.raises(EckartError, match="3 workers died at"):
+        run(SMALL, ray="auto", fault=faults.Fault("die", 6, tickets))
 
 
 def test_without_ray_its_option_says_what_to_install(monkeypatch):

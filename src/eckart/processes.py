@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -44,7 +45,7 @@ class Process:
 
     def _send(self, message: Any) -> None:
         try:
-            self.line.send(message)
+            _say(self.line, message)
         except OSError:
             while self._said_more():  # what it said before it died may be why
                 self.take()
@@ -53,7 +54,7 @@ class Process:
     def take(self) -> Event:
         """As `Hand.take`."""
         try:
-            event = self.line.recv()
+            event = _hear(self.line)
         except (EOFError, OSError):
             raise Lost(self._fate()) from None
         if isinstance(event, BaseException):
@@ -79,6 +80,15 @@ class Process:
             self._process.kill()
             self._process.join()
         self.line.close()
+
+
+# Pickled here: a pipe of its own accord would share tensors, one open file for each.
+def _say(line: Connection, message: Any) -> None:
+    line.send_bytes(pickle.dumps(message))
+
+
+def _hear(line: Connection) -> Any:
+    return pickle.loads(line.recv_bytes())  # noqa: S301 from the process that started this one, or that it started
 
 
 @contextmanager
@@ -107,19 +117,19 @@ def _serve(line: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
-        orders, parts, rules = line.recv()
+        orders, parts, rules = _hear(line)
         with orders.worker() as worker:
             worker.begin(placed(parts, orders.device), rules)
             while True:
-                job, known = line.recv()
+                job, known = _hear(line)
                 for event in worker.work(job, known):
-                    line.send(event)
+                    _say(line, event)
     except (EOFError, OSError):
         return
     except EckartError as error:
-        line.send(error)
+        _say(line, error)
     except Exception as error:
-        line.send(RuntimeError("".join(traceback.format_exception(error))))
+        _say(line, RuntimeError("".join(traceback.format_exception(error))))
 
 
 def ready(hands: Sequence[Process]) -> list[Process]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import faults
 import tiny_models as tiny
 from eckart import processes
-from eckart.crew import Lost, Team
+from eckart.crew import Lost, Orders, Team
 from eckart.driver import open_crew
 from eckart.errors import EckartError, RecipeError, TaskError
 from eckart.laser import search
@@ -128,12 +128,16 @@ def test_two_local_processes_find_what_one_worker_finds_to_the_bit(kind):
     assert bool(tests) == (kind == "confidence")
 
 
-@pytest.mark.parametrize("deaths", [1, 2])
-def test_a_killed_worker_is_replaced_and_nothing_is_scored_again(deaths, tmp_path):
-    settings = SMALL.model_copy(update=KINDS["compose"])
+LONG = {"strategy": "exhaustive", "rho": (0.1, 0.3, 0.5)}
+
+
+# The first dies before an edit is done; the other two between the edits of a job, which one after them takes up.
+@pytest.mark.parametrize(("kind", "deaths", "at"), [(KINDS["compose"], 1, 20), (LONG, 2, 90)])
+def test_a_killed_worker_is_replaced_and_nothing_is_scored_again(kind, deaths, at, tmp_path):
+    settings = SMALL.model_copy(update=kind)
     alone, counts, _ = run(settings)
     tickets = faults.give_tickets(tmp_path / "tickets", deaths)
-    together, their_counts, seen = run(settings, workers=2, fault=faults.Fault("die", 20, tickets))
+    together, their_counts, seen = run(settings, workers=2, fault=faults.Fault("die", at, tickets))
     assert not list(tickets.iterdir()), "nobody died"
     assert facts(together) == facts(alone)
     assert their_counts == counts
@@ -155,6 +159,15 @@ def test_an_exception_in_a_worker_reaches_the_driver_with_its_traceback(at, tmp_
     with pytest.raises(RuntimeError, match=r"(?s)Traceback .*faults\.py.*ArithmeticError: no such luck"):
         run(SMALL, workers=2, fault=faults.Fault("raise", at, tickets))
     assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_said_before_it_ended_is_heard_even_if_nobody_listened_then():
+    hand = processes.Process()
+    hand.begin(Orders(b"no model", "cpu", 1, "none", None), {}, Rules("accuracy"))
+    hand._process.join()
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback .*UnpicklingError"):
+        hand.give(Job("validation", ()), {})
+    hand.close()
 
 
 def test_an_error_of_our_own_stays_one_message(tmp_path):

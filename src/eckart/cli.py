@@ -309,8 +309,8 @@ def main() -> None:
 @contextmanager
 def _reported(debug: bool, resume: bool = False) -> Iterator[None]:
     """Turn errors into one message and an exit status: 1 bad input, 130 interrupted."""
-    _silence_transformers()
     try:
+        _silence_transformers()
         yield
     except EckartError as error:
         if debug:

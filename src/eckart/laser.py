@@ -371,10 +371,11 @@ def _singles(
         trials = driver.try_all(_groups(route, grid), baseline.measurements, None)
     else:
         first = _contenders(grid, predictions, settings.shortlist, driver.rules)
-        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline)
+        others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
+        later = len(others) if settings.strategy == "race" else 0
+        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline, later=later)
         if settings.strategy == "race":
             best = choose(trials, baseline.measurements, driver.rules)
-            others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
             rival = driver.rival(best) if best else baseline
             trials += driver.try_all(_groups(route, grid, others), baseline.measurements, rival, best=best)
     found = {key_of(trial.edits): trial for trial in trials}

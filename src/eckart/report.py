@@ -232,10 +232,11 @@ def _verdict(results: Json) -> str:
     after = best["test"][metric]
     if metric == "divergence":
         held = "within" if _finite(after["value"]) and after["value"] <= results["recipe"]["tolerance"] else "beyond"
+        count, tolerance = _count(after["count"]), results["recipe"]["tolerance"]
         return (
-            f"{_cutting(edits)} saves {_count(sum(map(_removed, edits)))} numbers; "
-            f"on {_count(after['count'])} test tokens the model diverges from the unedited one by {_measurement(after)} nats/token, {held} the tolerance of "
-            f"{results['recipe']['tolerance']:g}."
+            f"{_cutting(edits)} saves {_count(sum(map(_removed, edits)))} numbers; on {count} test tokens the "
+            f"model diverges from the unedited one by {_measurement(after)} nats/token, "
+            f"{held} the tolerance of {tolerance:g}."
         )
     path = f"{_measurement(before[metric])} to {_measurement(after)}"
     unit = "" if metric == "accuracy" else " nats/token"
@@ -480,7 +481,8 @@ def _controls(results: Json) -> Json:
         "count": results["task"]["test"],
         "metrics": metrics,
         "rows": [
-            row | {"cells": [(row["measured"].get(name), row["measured"].get(gain_names[name])) for name in metrics]}
+            row
+            | {"cells": [(row["measured"].get(name), row["measured"].get(gain_names.get(name))) for name in metrics]}
             for row in rows
         ],
     }

@@ -55,6 +55,8 @@ class Scored:
     key: str
     block: int
     scores: BlockScores
+    exact: bool
+    """The prefix cache gave the logits of the whole model, so far."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,6 @@ class Done:
     """A job is done."""
 
     seconds: dict[str, float]
-    exact: bool
-    """The prefix cache gave the logits of the whole model."""
     cache_bytes: int
     """Most that the prefix cache held."""
 
@@ -196,13 +196,13 @@ class Worker:
                             self._refer(job.part, blocks)
                         weights.hold(candidate)
                         found[index] = self._score(job.part, index, walk)
-                        yield Scored(key, index, found[index])
+                        yield Scored(key, index, found[index], walk.exact)
                     if job.rival is not None and stop(candidate, encoded, found, job.rival, self.rules):
                         break
             finally:
                 weights.restore()
             yield Ended(key)
-        yield Done(self._seconds, walk is None or walk.exact, 0 if walk is None else walk.peak_bytes)
+        yield Done(self._seconds, 0 if walk is None else walk.peak_bytes)
 
     def _at(self, job: Job, encoded: Encoded, blocks: tuple[int, ...]) -> Walk:
         """Bring the prefix cache to where a job starts; it moves forward only, so going back begins anew."""
@@ -261,6 +261,7 @@ class _Weights:
         """Edit the model, unless it holds the candidate already."""
         if self._held == candidate:
             return
+        self._held = candidate  # before the first write, so that whatever stops this is undone
         for edit in candidate:
             if edit.matrix not in self._originals:
                 matrix = by_name(self._worker.matrices, edit.matrix)
@@ -268,12 +269,12 @@ class _Weights:
             matrix, original = self._originals[edit.matrix]
             with self._worker.timing("svd"):
                 write(self._worker.model, matrix, replacement(original, edit, self._clusters(original, edit)))
-        self._held = candidate
 
     def restore(self) -> None:
         """Put the originals of what is held back."""
         for edit in self._held or ():
-            write(self._worker.model, *self._originals[edit.matrix])
+            if edit.matrix in self._originals:
+                write(self._worker.model, *self._originals[edit.matrix])
         self._held = None
 
     def _clusters(self, original: Tensor, edit: Edit) -> Sequence[Cluster] | None:

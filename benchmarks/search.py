@@ -56,8 +56,6 @@ SEARCHES: dict[str, dict[str, Any]] = {"race": {"strategy": "race"}, "guided": {
 VARIANTS: dict[str, dict[str, Any]] = {
     "guided, by loss": {"strategy": "guided", "select": "loss"},
     "guided, blocks 1, 2, 4": {"strategy": "guided", "blocks": (1, 2, 4)},
-    "guided, first order": {"strategy": "guided", "guard": "none"},
-    "race, confidence 0.999": {"strategy": "race", "confidence": 0.999},
     "guided, 3 together": {"strategy": "guided", "compose": 3},
 }
 

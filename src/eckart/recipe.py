@@ -137,8 +137,10 @@ class SearchSettings(Settings):
 
     @model_validator(mode="after")
     def _agreement_can_be_judged(self) -> SearchSettings:
-        if self.objective == "agreement" and (self.confidence is not None or self.guard == "none"):
-            raise ValueError("objective 'agreement' has no sequential test, and is predicted by the second order alone")
+        if self.objective == "agreement" and (self.confidence is not None or self.guard == "none" or self.controls):
+            raise ValueError(
+                "objective 'agreement' has no sequential test and no controls, and only the second order predicts it"
+            )
         return self
 
     @field_validator("types")

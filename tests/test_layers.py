@@ -12,6 +12,7 @@ SOURCE = Path(eckart.__file__).parent
 LAYERS = [
     {"errors"},
     {"truncation", "results", "dataflow"},
+    {"linear"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"prefix", "recipe"},
@@ -66,7 +67,9 @@ def test_there_is_no_import_cycle():
 
 def test_tensor_modules_do_not_know_what_a_model_is():
     assert not inner(SOURCE / "truncation.py") - {"errors"}
-    assert not any("transformers" in name for name in imports(SOURCE / "truncation.py"))
+    assert not inner(SOURCE / "linear.py") - {"errors", "truncation"}
+    for module in ("truncation", "linear"):
+        assert not any("transformers" in name for name in imports(SOURCE / f"{module}.py"))
 
 
 def test_the_command_line_starts_without_torch():

@@ -13,12 +13,10 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-import tiny_models as tiny
 from eckart.errors import MatrixError, RankError
 from eckart.linear import (
     LARGEST_COEFFICIENT,
     STORAGES,
-    FactoredExperts,
     FactoredLinear,
     PivotedLinear,
     RowBlockedLinear,
@@ -153,7 +151,7 @@ def test_rank_zero_is_the_zero_matrix():
     assert layer.flops(9) == 0
 
 
-@pytest.mark.parametrize("rows", [INTERLEAVED, (torch.tensor([11, 0, 5]), range(1, 5), torch.tensor([6, 10, 9, 8, 7]))])
+@pytest.mark.parametrize("rows", [INTERLEAVED, (torch.tensor([11, 0, 5]), range(1, 5), [6, 10, 9, 8, 7])])
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])
 def test_row_blocks_are_truncated_each_by_itself(rows, storage):
     weight, bias, x = normal(12, 10), normal(12, seed=1), normal(3, 4, 10, seed=2)
@@ -294,9 +292,10 @@ def test_the_cheapest_storage_is_the_one_of_fewest_bytes(shape, dtype):
         for storage, kind in STORAGES.items():
             built[storage] = kind(into, out, rank, False, device="meta", dtype=dtype).bytes
             assert bytes_stored(storage, shape, rank, dtype) == built[storage]
-        choice = cheapest_storage(shape, rank, dtype)
+        choice = cheapest_storage(shape, rank, dtype, at_most=1)
         assert built[choice] == min(built.values())
-        assert choice == "dense" or built[choice] < built["dense"]
+        wary = cheapest_storage(shape, rank, dtype, at_most=0.7)
+        assert wary == (choice if built[choice] < 0.7 * built["dense"] else "dense")
     assert cheapest_storage(shape, min(shape), dtype) == "dense"
     assert cheapest_storage(shape, 0, dtype) == "factored"
 
@@ -316,57 +315,3 @@ def test_blocks_that_do_not_fit_together_are_refused():
     for rows in ([range(3), range(3, 4)], [range(2), range(1, 3)], [range(2)]):
         with pytest.raises(MatrixError, match="from 0 to 3"):
             RowBlockedLinear([nn.Linear(3, 2), nn.Linear(3, 2)], rows)
-
-
-def factor_experts(model, dense, *, transposed):
-    """Swap every stack of experts for its factors, in one model, and for their product, in the other."""
-    for path, module in list(model.named_modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.ndim == 3:
-                stack = parameter.detach().mT if transposed else parameter.detach()
-                ranks = [1 + expert * 5 % min(stack.shape[1:]) for expert in range(len(stack))]
-                exact = torch.stack([truncated(*pair) for pair in zip(stack, ranks)]).float()
-                dense.get_parameter(f"{path}.{name}").data = exact.mT if transposed else exact
-                delattr(module, name)
-                setattr(module, name, FactoredExperts.from_weight(parameter, ranks, transposed=transposed))
-
-
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_factored_experts_stand_where_the_parameter_stood(name, implementation):
-    model = tiny.build(name)
-    model.set_experts_implementation(implementation)
-    dense = copy.deepcopy(model)
-    factor_experts(model, dense, transposed=name == "gpt_oss")
-    layers = [module for module in model.modules() if isinstance(module, FactoredExperts)]
-    assert len(layers) >= 4
-    ids = torch.arange(12)[None] % model.config.vocab_size
-    out, expected = model(ids).logits, dense(ids).logits
-    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    out.square().mean().backward()
-    assert all(layer.up.grad.abs().max() > 0 for layer in layers)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_experts_of_unequal_ranks_are_padded_and_count_the_padding(transposed):
-    stack = normal(3, 20, 14)
-    layer = FactoredExperts.from_weight(stack.mT if transposed else stack, [1, 9, 4], transposed=transposed)
-    exact = torch.stack([truncated(*pair) for pair in zip(stack, (1, 9, 4))])
-    torch.testing.assert_close(layer.dense(), exact.mT if transposed else exact, atol=1e-10, rtol=0)
-    assert layer.down.shape == (3, 16, 14)
-    assert layer.parameters_stored == 3 * 16 * (20 + 14)
-    assert layer.flops(5) == 5 * 2 * 16 * (20 + 14)
-    x = normal(4, 14)
-    for expert in range(3):
-        y = x @ layer[expert] if transposed else functional.linear(x, layer[expert])
-        torch.testing.assert_close(y, x @ exact[expert].T, atol=1e-10, rtol=0)
-    empty = FactoredExperts(3, 14, 20, 9, transposed=transposed, device="meta", dtype=torch.float64)
-    empty.load_state_dict(load(save(layer.state_dict())), assign=True)
-    assert torch.equal(empty.dense(), layer.dense())
-
-
-@pytest.mark.parametrize("use", [lambda w: torch.ones(14) + w, lambda w: functional.softmax(w, -1), lambda w: w @ w])
-def test_what_is_not_a_multiplication_of_experts_is_refused(use):
-    layer = FactoredExperts(3, 14, 14, 4)
-    with pytest.raises((MatrixError, TypeError)):
-        use(layer[0])

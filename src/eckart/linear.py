@@ -5,7 +5,6 @@ Notation: W has shape (out, in) and rank r; `down` takes in to r features, `up` 
     factored     W = up @ down                          r (out + in) numbers
     pivoted      W = the rows of [down; up @ down]      r (out + in) - r^2 numbers, and an order of rows
     row-blocked  rows of W in groups, each stored in its own way
-    experts      W for each of a stack of experts       experts * r (out + in) numbers
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ class FactoredLinear(LowRankLayer):
 
     def dense(self) -> Tensor:
         """Multiply the weight out."""
-        return _multiply(self.up.weight, self.down.weight)
+        return multiply(self.up.weight, self.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last dimension, as `nn.Linear` does."""
@@ -247,7 +246,7 @@ class PivotedLinear(LowRankLayer):
 
     def dense(self) -> Tensor:
         """Multiply the weight out."""
-        return torch.cat((self.down.weight, _multiply(self.up.weight, self.down.weight)))[self.order]
+        return torch.cat((self.down.weight, multiply(self.up.weight, self.down.weight)))[self.order]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last dimension, as `nn.Linear` does."""
@@ -269,7 +268,9 @@ class RowBlockedLinear(LowRankLayer):
 
     order: Tensor | None
 
-    def __init__(self, blocks: Sequence[nn.Linear | LowRankLayer], rows: Sequence[Tensor | range] | None = None):
+    def __init__(
+        self, blocks: Sequence[nn.Linear | LowRankLayer], rows: Sequence[Tensor | Sequence[int]] | None = None
+    ):
         widths = {block.in_features for block in blocks}
         if len(widths) != 1:
             raise MatrixError(
@@ -287,7 +288,7 @@ class RowBlockedLinear(LowRankLayer):
         cls,
         weight: Tensor,
         ranks: Sequence[int | None],
-        rows: Sequence[Tensor | range],
+        rows: Sequence[Tensor | Sequence[int]],
         *,
         bias: Tensor | None = None,
         storage: Literal["factored", "pivoted"] = "factored",
@@ -332,192 +333,6 @@ class RowBlockedLinear(LowRankLayer):
         return y if self.order is None else _ordered(y, self.order)
 
 
-class FactoredExperts(LowRankLayer):
-    """The weights of a stack of experts as factors, in the place of the 3-D parameter that held them.
-
-    It can be indexed by expert, transposed, and multiplied by `linear`, `matmul`, `bmm` and `grouped_mm` like
-    that parameter, so the code around it need not know; each multiplication becomes two. Anything else raises.
-    All experts have the largest of their ranks, rounded up to a multiple of 8 (what `grouped_mm` needs), and the
-    difference is zeros: they are stored, counted and multiplied.
-
-    Args:
-        experts: Length of the stack.
-        in_features: Of the input.
-        out_features: Of the output.
-        rank: From 1; rounded up.
-        transposed: The parameter had shape (experts, in, out), not (experts, out, in).
-        device: Of the factors; `meta` where they are loaded later.
-        dtype: Of the factors.
-    """
-
-    def __init__(
-        self,
-        experts: int,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        transposed: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(in_features, out_features, device, dtype)
-        rank = -(-rank // 8) * 8
-        self.transposed = transposed
-        self.down = nn.Parameter(torch.zeros(experts, rank, in_features, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.zeros(experts, out_features, rank, device=device, dtype=dtype))
-
-    @classmethod
-    def from_spectra(
-        cls, spectra: Sequence[Spectrum], *, transposed: bool = False, dtype: torch.dtype | None = None
-    ) -> FactoredExperts:
-        """Store one decomposition for each expert.
-
-        Args:
-            spectra: What `cut` kept of each, of equal shape (out, in) and any ranks. Not modified.
-            transposed: As above; the decompositions are of (out, in) all the same.
-            dtype: Of the factors; by default that of `spectra`.
-
-        Returns:
-            The layer, on the device of `spectra`.
-        """
-        first = spectra[0]
-        layer = cls(
-            len(spectra),
-            first.Vh.shape[1],
-            first.U.shape[0],
-            max(len(spectrum.S) for spectrum in spectra),
-            transposed=transposed,
-            device=first.U.device,
-            dtype=dtype or first.U.dtype,
-        )
-        with torch.no_grad():
-            for expert, spectrum in enumerate(spectra):
-                root, rank = spectrum.S.sqrt(), len(spectrum.S)
-                layer.down[expert, :rank] = root[:, None] * spectrum.Vh
-                layer.up[expert, :, :rank] = spectrum.U * root
-        return layer
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, ranks: Sequence[int], *, transposed: bool = False) -> FactoredExperts:
-        """Store the closest matrix of its rank for each expert.
-
-        Args:
-            weight: Shape (experts, out, in), or (experts, in, out) if `transposed`. Not modified.
-            ranks: One for each expert, from 1 to `min(out, in)`.
-            transposed: As above.
-
-        Returns:
-            The layer, in the dtype and on the device of `weight`.
-
-        Raises:
-            RankError: A rank is outside its range.
-        """
-        stack = weight.detach().mT if transposed else weight.detach()
-        spectra = [cut(decompose(matrix), rank) for matrix, rank in zip(stack, ranks)]
-        return cls.from_spectra(spectra, transposed=transposed, dtype=weight.dtype)
-
-    def flops(self, tokens: int) -> int:
-        """Give the operations of one forward pass.
-
-        Args:
-            tokens: Pairs of a token and an expert it is sent to.
-
-        Returns:
-            Two for every number of one expert's factors and pair.
-        """
-        return 2 * tokens * self.parameters_stored // len(self.down)
-
-    def dense(self) -> Tensor:
-        """Multiply the weight out."""
-        weight = _multiply(self.up, self.down)
-        return weight.mT if self.transposed else weight
-
-    @property
-    def product(self) -> Product:
-        """The 3-D parameter that it stands for, not multiplied out."""
-        return Product(self.down.mT, self.up.mT) if self.transposed else Product(self.up, self.down)
-
-    def __getitem__(self, index: Any) -> Product:
-        return self.product[index]
-
-    def transpose(self, first: int, second: int) -> Product:
-        """Transpose each expert's weight, as a tensor's method does."""
-        return self.product.transpose(first, second)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the factors."""
-        return self.down.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the factors."""
-        return self.down.device
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = [argument.product if isinstance(argument, cls) else argument for argument in args]
-        return Product.__torch_function__(func, types, args, kwargs)
-
-
-class Product:
-    """left @ right, to be multiplied by but never multiplied out.
-
-    Args:
-        left: Shape (..., rows, rank).
-        right: Shape (..., rank, columns).
-    """
-
-    # By name, since transformers has a `grouped_mm` of its own and torch has two.
-    MULTIPLICATIONS = (
-        "linear",
-        "matmul",
-        "__matmul__",
-        "mm",
-        "bmm",
-        "grouped_mm",
-        "_grouped_mm",
-        "grouped_mm_fallback",
-    )
-
-    def __init__(self, left: Tensor, right: Tensor):
-        self.left, self.right = left, right
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the factors."""
-        return self.left.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the factors."""
-        return self.left.device
-
-    def __getitem__(self, index: Any) -> Product:
-        return Product(self.left[index], self.right[index])
-
-    def transpose(self, first: int, second: int) -> Product:
-        """Swap rows and columns."""
-        assert {first % self.left.ndim, second % self.left.ndim} == {self.left.ndim - 2, self.left.ndim - 1}
-        return Product(self.right.mT, self.left.mT)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, kwargs or {}
-        if name not in cls.MULTIPLICATIONS or sum(isinstance(argument, cls) for argument in args[:2]) != 1:
-            raise MatrixError(
-                f"'{name}' was called with a factored weight. It can be indexed, transposed and multiplied. "
-                "Use its dense() there."
-            )
-        first, second, *rest = args
-        if name == "linear":
-            return func(func(first, second.right), second.left, *rest, **kwargs)
-        if isinstance(second, cls):
-            return func(func(first, second.left, *rest, **kwargs), second.right, *rest, **kwargs)
-        return func(first.left, func(first.right, second, *rest, **kwargs), *rest, **kwargs)
-
-
 STORAGES = {"factored": FactoredLinear, "pivoted": PivotedLinear}
 
 
@@ -538,22 +353,28 @@ def bytes_stored(storage: Storage, shape: tuple[int, int], rank: int, dtype: tor
     return numbers[storage] * dtype.itemsize + (8 * out if storage == "pivoted" else 0)
 
 
-def cheapest_storage(shape: tuple[int, int], rank: int, dtype: torch.dtype = torch.bfloat16) -> Storage:
+def cheapest_storage(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype = torch.bfloat16, *, at_most: float = 0.9
+) -> Storage:
     """Choose how to store a weight of low rank.
 
     Args:
         shape: (out, in).
         rank: From 0 to `min(shape)`.
         dtype: Of the numbers.
+        at_most: Part of the dense bytes that another storage may take. Two multiplications cost more than one of as
+            many bytes: from 0.9 on they were measured to be no faster than dense. 1 looks at bytes alone.
 
     Returns:
-        Whichever takes the fewest bytes; `dense` where no other takes fewer.
+        Whichever takes the fewest bytes; `dense` where no other takes few enough.
 
-    >>> [cheapest_storage((4096, 4096), rank) for rank in (16, 2048, 4096)]
+    >>> [cheapest_storage((4096, 4096), rank) for rank in (16, 2048, 3800)]
     ['factored', 'pivoted', 'dense']
     """
-    options: tuple[Storage, ...] = ("dense", "factored", "pivoted") if rank else ("factored",)
-    return min(options, key=lambda storage: bytes_stored(storage, shape, rank, dtype))
+    allowed = at_most * bytes_stored("dense", shape, rank, dtype)
+    options: tuple[Storage, ...] = ("factored", "pivoted") if rank else ("factored",)
+    best = min(options, key=lambda storage: bytes_stored(storage, shape, rank, dtype))
+    return best if bytes_stored(best, shape, rank, dtype) < allowed else "dense"
 
 
 def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -596,7 +417,22 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left[row] += 1
         right[column] -= 1
         coefficients.addr_(left, right / pivot, alpha=-1)
-    return chosen, others, coefficients
+    # Once more, since rounding errors of the updates add up.
+    return chosen, others, torch.linalg.solve(U[chosen], U[others], left=False)
+
+
+def multiply(up: Tensor, down: Tensor) -> Tensor:
+    """Multiply two factors, or two stacks of them, in float32 or better.
+
+    Args:
+        up: Shape (..., out, r). Not modified.
+        down: Shape (..., r, in). Not modified.
+
+    Returns:
+        Shape (..., out, in), in the dtype and on the device of `up`.
+    """
+    precise = torch.promote_types(up.dtype, torch.float32)
+    return (up.to(precise) @ down.to(precise)).to(up.dtype)
 
 
 def _linear(into: int, out: int, bias: bool, device: Any, dtype: torch.dtype | None) -> nn.Linear:
@@ -609,18 +445,13 @@ def _linear(into: int, out: int, bias: bool, device: Any, dtype: torch.dtype | N
 def _filled(layer: Any, tensors: dict[str, Tensor | None]) -> Any:
     """Give a layer on the meta device its numbers, at its dtype, on theirs."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    device = next(iter(given.values())).device
     state = layer.state_dict()
     for name, tensor in state.items():
-        device = next(iter(given.values())).device
-        source = given.get(name, torch.empty(0, device=device))
+        source = given.get(name, torch.empty(0))
         state[name] = source.detach().to(device, tensor.dtype, copy=True, memory_format=torch.contiguous_format)
     layer.load_state_dict(state, assign=True)
     return layer
-
-
-def _multiply(up: Tensor, down: Tensor) -> Tensor:
-    precise = torch.promote_types(up.dtype, torch.float32)
-    return (up.to(precise) @ down.to(precise)).to(up.dtype)
 
 
 def _ordered(y: Tensor, order: Tensor) -> Tensor:
@@ -628,7 +459,7 @@ def _ordered(y: Tensor, order: Tensor) -> Tensor:
     return y.gather(-1, order.expand(y.shape))
 
 
-def _order(rows: Sequence[Tensor | range], sizes: Sequence[int], device: torch.device) -> Tensor:
+def _order(rows: Sequence[Tensor | Sequence[int]], sizes: Sequence[int], device: torch.device) -> Tensor:
     """Where in the joined outputs of the blocks each row of W is found."""
     indices = [_as_index(part, device) for part in rows]
     joined = torch.cat(indices)
@@ -643,10 +474,8 @@ def _order(rows: Sequence[Tensor | range], sizes: Sequence[int], device: torch.d
     return joined.argsort()
 
 
-def _as_index(rows: Tensor | range, device: torch.device) -> Tensor:
-    if isinstance(rows, range):
-        return torch.arange(rows.start, rows.stop, rows.step, device=device)
-    return rows.to(device)
+def _as_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    return torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64, device=device)
 
 
 def _check_rank(rank: int, shape: tuple[int, int], smallest: int = 1) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart.linear import STORAGES, LowRankLayer
+from eckart.linear import STORAGES, LowRankLayer, arrange_
 from eckart.results import environment, to_json
 from eckart.truncation import rank_of
 from search import git_commit, spread
@@ -58,7 +58,7 @@ def make_layer(kind: str, shape: tuple[int, int], rank: int, where: dict[str, An
     layer = STORAGES[kind](into, out, rank, False, **where)
     if kind == "pivoted":
         layer.order.copy_(torch.randperm(out))
-    return layer
+    return arrange_(layer)
 
 
 def make_copies(layer: nn.Module, pool: int) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from eckart.linear import (
     FactoredLinear,
     PivotedLinear,
     RowBlockedLinear,
+    arrange_,
     bytes_stored,
     cheapest_storage,
     choose_rows,
@@ -281,6 +282,18 @@ def test_compiled_layers_agree(backend):
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     gradients = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)]
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@BOTH
+def test_arranging_a_layer_changes_strides_and_nothing_else(kind):
+    layer, x = kind.from_weight(normal(40, 30, dtype=torch.float32), 8), normal(3, 30, dtype=torch.float32)
+    arranged = arrange_(copy.deepcopy(layer))
+    assert arranged.up.weight.stride(0) == 1
+    assert copy.deepcopy(arranged).up.weight.stride(0) == 1
+    assert all(torch.equal(value, arranged.state_dict()[name]) for name, value in layer.state_dict().items())
+    assert distance(arranged(x), layer(x)) < TOLERANCE[torch.float32]
+    half = layer.to(torch.bfloat16)
+    assert arrange_(half).up.weight.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -421,6 +421,27 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return chosen, others, torch.linalg.solve(U[chosen], U[others], left=False)
 
 
+def arrange_(model: nn.Module) -> nn.Module:
+    """Lay each `up` out in memory by columns, which a CPU reads up to twice as fast for one token in float32.
+
+    Values, shapes and names stay. Weights that were mapped from a file are copied into memory by this, and have to be
+    made contiguous again before safetensors saves them (`save_pretrained` does that).
+
+    Args:
+        model: A low-rank layer or a model with some. Modified: the strides of float32 weights on the CPU; others
+            are left alone, since they were measured to be no faster.
+
+    Returns:
+        `model`.
+    """
+    for layer in model.modules():
+        if isinstance(layer, (FactoredLinear, PivotedLinear)):
+            weight = layer.up.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                weight.data = weight.data.T.contiguous().T
+    return model
+
+
 def multiply(up: Tensor, down: Tensor) -> Tensor:
     """Multiply two factors, or two stacks of them, in float32 or better.
 

@@ -476,7 +476,7 @@ def _filled(layer: Any, tensors: dict[str, Tensor | None]) -> Any:
 
 
 def _ordered(y: Tensor, order: Tensor) -> Tensor:
-    # On CPUs `gather` is up to three times as fast as `index_select` or indexing with brackets here.
+    # In bfloat16 on a CPU, `gather` takes less than half the time of `index_select` or of brackets.
     return y.gather(-1, order.expand(y.shape))
 
 

@@ -214,7 +214,8 @@ def summary(folder: Path, cache: float) -> str:
     slower = sum(row["ratio"]["median"] < 1 for row in chosen)
     return (
         f"{sum(part >= 0.9 for part in parts)} of {len(parts)} layers of more than {cache:g} MiB reach 0.9 of the "
-        f"limit (median {median(parts):.2f}); {slower} of {len(chosen)} of less than 0.9 of the dense bytes are slower than dense."
+        f"limit (median {median(parts):.2f}); {slower} of {len(chosen)} layers of less than 0.9 of the dense bytes are "
+        "slower than dense."
     )
 
 

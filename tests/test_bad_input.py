@@ -65,6 +65,11 @@ def refuse_search(refuse, tiny_llama_folder, choice_task_file, out):
 # Models
 
 
+def an_adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/other"}')
+    return ["adapter_config.json", "merge_and_unload", folder]
+
+
 def no_config(folder):
     (folder / "config.json").unlink()
     return ["no config.json", folder]
@@ -170,9 +175,9 @@ def a_weight_of_another_shape(folder):
 @pytest.mark.parametrize(
     "damage",
     [
-        no_config, config_not_json, config_of_unknown_type, no_weights, no_tokenizer, cut_off, empty_weights,
-        longer_than_it_says, corrupt_header, huge_header, missing_shard, broken_index, a_nan, an_infinity,
-        a_weight_is_missing, a_weight_of_another_shape,
+        an_adapter, no_config, config_not_json, config_of_unknown_type, no_weights, no_tokenizer, cut_off,
+        empty_weights, longer_than_it_says, corrupt_header, huge_header, missing_shard, broken_index, a_nan,
+        an_infinity, a_weight_is_missing, a_weight_of_another_shape,
     ],
 )  # fmt: skip
 def test_a_damaged_model_is_refused_by_every_verb(damage, verb, refuse, model, choice_task_file, plan, out):

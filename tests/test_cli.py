@@ -26,9 +26,10 @@ ENCODING = {"--normalize", "--batch-tokens", "--overlong", "--window", "--stride
 OPTIONS = {
     "demo": {"--out", "--json", "--debug"},
     "search": COMMON | ENCODING | {
-        "model", "--task", "--out", "--strategy", "--shortlist",
+        "model", "--task", "--out", "--strategy", "--shortlist", "--guard", "--blocks", "--clustering",
         "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
+        "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force"},
     "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},
@@ -84,6 +85,34 @@ def test_a_search_names_its_winner_and_its_files(searched):
     assert read(out, "plan.json")["edits"][0]["matrix"] in result.stdout
     assert "report.html" in result.stdout
     assert "error" not in result.stderr
+
+
+@pytest.mark.parametrize("options", [("--blocks", "3"), ("--blocks", "2,3", "--clustering", "subspaces")])
+def test_blocks_of_rows_go_from_the_search_into_the_model(options, tiny_llama_folder, choice_task_file, tmp_path):
+    out = tmp_path / "out"
+    result = succeed("search", tiny_llama_folder, "--task", choice_task_file, "--out", out, *SMALL, *options)
+    (edit,) = read(out, "plan.json")["edits"]
+    assert edit["blocks"] in (2, 3)
+    assert f"in each of {edit['blocks']} blocks of rows ({edit['clustering']})" in " ".join(result.stdout.split())
+    rows = -(-edit["shape"][0] // edit["blocks"])
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"to rank {edit['rank']} of {min(rows, edit['shape'][1])} (rho" in page
+    assert f"blocks {edit['blocks']}" in page
+    cost = read(out)["best"]["cost"]
+    assert cost["integers"] == (edit["shape"][0] if edit["clustering"] == "subspaces" else 0)
+    assert cost["flops"] == 2 * cost["numbers"] > 0
+    succeed("apply", tiny_llama_folder, out, "--dense", "--dtype", "float32", "--out", tmp_path / "edited")
+    before = load_file(next(tiny_llama_folder.glob("*.safetensors")))
+    after = load_file(next((tmp_path / "edited" / "model").glob("*.safetensors")))
+    changed = [name for name in before if not torch.equal(before[name].float(), after[name].float())]
+    assert changed == [f"{edit['matrix']}.weight"]
+
+
+@pytest.mark.parametrize("options", [("--blocks", "x"), ("--blocks", "0"), ("--clustering", "rows"), ("--guard", "x")])
+def test_a_wrong_block_clustering_or_guard_is_refused_by_name(options, tiny_llama_folder, choice_task_file, tmp_path):
+    result = invoke("search", tiny_llama_folder, "--task", choice_task_file, "--out", tmp_path / "out", *options)
+    assert result.exit_code in (1, 2)
+    assert options[0].strip("-") in result.output
 
 
 def measurements(tree, path=""):

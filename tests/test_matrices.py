@@ -286,3 +286,43 @@ def test_a_weight_of_another_shape_is_refused(found):
         write(model, matrices[0], torch.zeros(1, 2))
     with pytest.raises(MatrixError, match="near ones are"):
         by_name(matrices, "model.layers.0.mlp.gate")
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_heads_are_those_of_the_config(found, name):
+    model, matrices = found[name]
+    config = model.config
+    queries = config.num_attention_heads
+    # Falcon's older layouts have one key head or as many as query heads, whatever the config's number says.
+    keys = {"falcon": 1, "falcon_rw": queries, "falcon_grouped": 2}.get(name)
+    keys = keys or getattr(config, "num_key_value_heads", None) or queries
+    for matrix in matrices:
+        heads = {"q_proj": queries, "k_proj": keys, "v_proj": keys}.get(matrix.type)
+        assert matrix.heads == heads, matrix.name
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "gpt_neox", "falcon_grouped", "bloom", "gpt_oss"])
+def test_the_rows_of_a_head_of_the_values_reach_no_other_head(found, name):
+    """A change to one run of rows reaches columns of the output projection that no other run reaches."""
+    model, matrices = found[name]
+    value = next(m for m in matrices if m.type == "v_proj" and m.layer == 0)
+    projection = next(m for m in matrices if m.type == "out_proj" and m.layer == 0)
+    read_by_projection = []
+    handle = model.get_submodule(projection.parameter.removesuffix(".weight")).register_forward_pre_hook(
+        lambda _, args: read_by_projection.append(args[0].flatten(0, -2))
+    )
+    original = read(model, value)
+    size = value.shape[0] // value.heads
+    arguments = tiny.inputs(name)
+    tiny.output(name, model, **arguments)
+    touched = []
+    for head in range(value.heads):
+        changed = original.clone()
+        changed[head * size : (head + 1) * size] += 1
+        write(model, value, changed)
+        tiny.output(name, model, **arguments)
+        touched.append((read_by_projection[-1] != read_by_projection[0]).any(0))
+    write(model, value, original)
+    handle.remove()
+    # Every column is touched by exactly one head.
+    assert torch.equal(torch.stack(touched).sum(0), torch.ones(projection.shape[1], dtype=torch.long))

@@ -1,6 +1,7 @@
 """Plans go through JSON unchanged, wrong ones are refused, and no bytes at all break the reader."""
 
 import json
+import math
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from eckart.errors import EckartError, PlanError
-from eckart.plan import Edit, MadeBy, Plan, PlannedModel, kept_numbers, read_plan, write_plan
+from eckart.plan import Edit, MadeBy, Plan, PlannedModel, read_plan, write_plan
 
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -29,6 +30,11 @@ def edits(draw):
     shape = draw(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)))
     kind = draw(st.sampled_from(["low_rank", "zero", "magnitude"]))
     svd = draw(st.sampled_from(["exact", "lowrank"]))
+    basis = "top" if svd == "lowrank" else draw(st.sampled_from(["top", "bottom", "random"]))
+    plain = (kind, svd, basis) == ("low_rank", "exact", "top")
+    blocks = draw(st.integers(1, shape[0])) if plain else 1
+    even = blocks > 1 and shape[0] % blocks == 0
+    ways = ["contiguous", *(["subspaces"] if blocks > 1 else []), *(["heads"] if even else [])]
     return Edit(
         matrix=draw(words),
         layer=draw(st.none() | st.integers(0, 200)),
@@ -36,8 +42,10 @@ def edits(draw):
         shape=shape,
         kind=kind,
         rho=0.0 if kind == "zero" else draw(st.floats(0, 1, exclude_min=True)),
-        rank=0 if kind == "zero" else draw(st.integers(1, min(shape))),
-        basis="top" if svd == "lowrank" else draw(st.sampled_from(["top", "bottom", "random"])),
+        rank=0 if kind == "zero" else draw(st.integers(1, min(math.ceil(shape[0] / blocks), shape[1]))),
+        basis=basis,
+        blocks=blocks,
+        clustering=draw(st.sampled_from(ways)),
         svd=svd,
         niter=draw(st.integers(0, 100)),
         seed=draw(st.integers(0, 2**31 - 1)),
@@ -118,7 +126,17 @@ def test_an_edit_with_any_value_is_a_plan_or_a_plan_error(field, value, may_refu
         {"shape": [6]},
         {"kind": "zero"},
         {"kind": "zero", "rank": 0, "rho": 0.5, "seed": -1},
-        {"blocks": 2},
+        {"blocks": 0},
+        {"blocks": 7, "rank": 1},
+        {"blocks": 4, "rank": 3},
+        {"blocks": 2, "kind": "magnitude"},
+        {"blocks": 2, "kind": "zero", "rank": 0},
+        {"blocks": 2, "basis": "bottom"},
+        {"blocks": 2, "svd": "lowrank"},
+        {"blocks": 4, "rank": 1, "clustering": "heads"},
+        {"clustering": "subspaces"},
+        {"clustering": "heads"},
+        {"blocks": 2, "clustering": "kmeans"},
         {"weighting": "fisher"},
         {"svd": "lowrank", "basis": "random"},
         {"more": 1},
@@ -142,12 +160,17 @@ def test_a_missing_plan_says_what_a_plan_is(tmp_path):
             read_plan(path)
 
 
+def test_a_plan_from_before_there_were_blocks_is_read_as_one_block(tmp_path):
+    path = tmp_path / "plan.json"
+    old = GOOD["edits"][0] | {"kind": "low_rank", "weighting": "none", "basis": "top", "blocks": 1, "svd": "exact"}
+    for edit in (GOOD["edits"][0], old):
+        path.write_text(json.dumps(GOOD | {"edits": [edit]}))
+        (found,) = read_plan(path).edits
+        assert (found.blocks, found.clustering, found.full_rank) == (1, "contiguous", 4)
+
+
 @given(edit=edits())
-def test_factors_are_kept_only_where_they_are_smaller(edit):
+def test_the_full_rank_is_that_of_the_largest_of_even_blocks(edit):
     out, into = edit.shape
-    kept = kept_numbers(edit)
-    if edit.kind == "zero":
-        assert kept == 0
-    else:
-        assert 0 < kept <= out * into
-        assert kept == out * into or kept == edit.rank * out + edit.rank * into
+    largest = out // edit.blocks + (out % edit.blocks > 0)
+    assert edit.full_rank == min(largest, into)

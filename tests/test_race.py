@@ -10,10 +10,10 @@ import tiny_models as tiny
 from eckart.encoding import encode
 from eckart.laser import search
 from eckart.ledger import Ledger
+from eckart.race import cannot_win
 from eckart.recipe import SearchSettings
 from eckart.results import Measurement
 from eckart.scoring import BlockScores, assemble, summarize
-from eckart.sweep import cannot_win
 from eckart.tasks import Example, make_task
 
 COUNT = 6
@@ -33,7 +33,7 @@ def task_of(kind, count=24, choices=3):
 
 def settings_for(strategy, **others):
     return SearchSettings(
-        **({"strategy": strategy, "rho": (0.05, 0.3, 0.8), "split": 0.6, "batch_tokens": 48} | others)
+        **({"strategy": strategy, "rho": (0.05, 0.3, 0.8), "split": 0.6, "batch_tokens": 24} | others)
     )
 
 
@@ -50,7 +50,7 @@ def test_a_race_has_the_winner_of_the_exhaustive_search(name, kind):
     assert examples < all_examples if kind == "choice" else examples <= all_examples
     assert len(raced.trials) == len(whole.trials)
     for one, other in zip(raced.trials, whole.trials):
-        assert one.edit == other.edit
+        assert one.edits == other.edits
         if one.stopped is None:
             assert one.validation == other.validation
         else:
@@ -93,7 +93,7 @@ def test_no_edit_that_could_win_is_stopped_and_every_stop_is_due(seen, rival):
         final = summarize(encoded, assemble(encoded, parts))
         key = (-final["accuracy"].value, final["loss"].value)
         could_win |= key < (-to_beat["accuracy"].value, to_beat["loss"].value)
-    stopped = cannot_win(encoded, {0: parts[0], 1: parts[1]}, to_beat)
+    stopped = cannot_win(encoded, assemble(encoded, {0: parts[0], 1: parts[1]}), to_beat, "accuracy")
     if could_win:
         assert stopped is None
     elif stopped is None:
@@ -112,8 +112,8 @@ def test_a_loss_that_is_too_high_already_stops_a_perplexity_race():
     def to_beat(loss):
         return {"loss": Measurement(loss, 0.1, 4, "nats/token")}
 
-    assert cannot_win(encoded, first, to_beat(5 * share * 0.99)).metric == "loss"
-    assert cannot_win(encoded, first, to_beat(5 * share * 1.01)) is None
+    assert cannot_win(encoded, assemble(encoded, first), to_beat(5 * share * 0.99), "accuracy").metric == "loss"
+    assert cannot_win(encoded, assemble(encoded, first), to_beat(5 * share * 1.01), "accuracy") is None
 
 
 def test_a_race_that_was_interrupted_ends_the_same(tmp_path):

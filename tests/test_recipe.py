@@ -133,6 +133,33 @@ def test_a_recipe_that_is_no_mapping_is_refused_even_if_it_is_empty(text, tmp_pa
         make_settings(SearchSettings, {}, path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"blocks": [2], "kind": "zero"}, "whole matrices"),
+        ({"blocks": [1, 2], "kind": "magnitude"}, "whole matrices"),
+        ({"blocks": [2], "basis": "random"}, "whole matrices"),
+        ({"blocks": [2], "svd": "lowrank"}, "whole matrices"),
+        ({"clustering": "heads", "basis": "bottom"}, "whole matrices"),
+        ({"clustering": "heads", "blocks": [2]}, "leave 'blocks' out"),
+        ({"clustering": "subspaces"}, "above 1"),
+        ({"blocks": [0]}, "greater than or equal to 1"),
+        ({"blocks": []}, "at least 1 item"),
+    ],
+)
+def test_blocks_that_cannot_be_cut_are_refused(settings, reason):
+    with pytest.raises(RecipeError, match=reason):
+        make_settings(SearchSettings, settings)
+
+
+@pytest.mark.parametrize("given", [{"blocks": (1, 4)}, {"blocks": (2,), "clustering": "subspaces"}, {"guard": "none"}])
+def test_a_recipe_keeps_blocks_and_guard(given, tmp_path):
+    made = SearchSettings(**given)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(write_recipe(made), encoding="utf-8")
+    assert make_settings(SearchSettings, {}, path) == made != SearchSettings()
+
+
 def test_settings_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         SearchSettings().seed = 1

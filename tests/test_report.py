@@ -192,6 +192,21 @@ def evaluate_results():
     }  # fmt: skip
 
 
+def compared_results(**options):
+    """A search with `--controls`."""
+    results = search_results(**options)
+    gain = measure(-0.0125, 0.021, 320) | {"interval": [-0.053, 0.028], "p_value": 0.62}
+    loss_gain = measure(-0.21, 0.03, 320, "nats/token") | {"interval": [-0.27, -0.15], "p_value": None}
+    for name, value, facts in (
+        ("few_shot", 0.4406, {"shots": 5, "shortened": 12}),
+        ("lora", 0.7219, {"trainable": 46_240, "modules": 35, "examples": 64, "held_out": 16, "epochs": 3}),
+        ("int8", 0.4531, {"bytes": 11_264, "dense_bytes": 44_032}),
+    ):
+        measured = {"accuracy": accuracy(value, 320), "loss": loss(2.1, 320), "gain": gain, "loss_gain": loss_gain}
+        results["controls"][name] = measured | facts | {"seconds": 1.5}
+    return results
+
+
 def hostile_results():
     """Every text of a search replaced by something that would run, if anything let it."""
     results = moe_results()
@@ -260,7 +275,7 @@ def payload(page):
 
 ALL = {
     "search": search_results, "text": text_results, "empty": empty_plan_results, "moe": moe_results,
-    "evaluate": evaluate_results, "hostile": hostile_results,
+    "evaluate": evaluate_results, "hostile": hostile_results, "compared": compared_results,
 }  # fmt: skip
 
 
@@ -384,6 +399,31 @@ def test_missing_controls_leave_the_rest_of_the_report(missing):
     words = Page(render(results)).words
     assert ("None were measured" in words) == (missing == "both")
     assert ("Random basis" in words) == (missing == "majority")
+
+
+def test_the_winner_stands_beside_what_else_could_be_done(page):
+    assert "What else could one do" not in page.words
+    words = Page(render(compared_results())).words
+    table = words.split("What else could one do")[1].split("Examples that changed")[0]
+    names = [table.index(f"{name} ") for name in ("Unedited", "Edited", "Few-shot", "LoRA", "int8")]
+    assert names == sorted(names)
+    assert "0.734 ± 0.025 +0.281 (0.22 to 0.34) 1.871 ± 0.050 −0.473 (−0.53 to −0.41) 320" in table
+    assert "5 validation examples in front of every prompt; 12 prompts had room for fewer" in table
+    assert "0.441 ± 0.028 −0.013 (−0.05 to 0.03) 2.100 ± 0.050 −0.210 (−0.27 to −0.15) 320" in table
+    assert "46 240 parameters trained on 64 validation examples; 16 more chose epoch 3" in table
+    assert "11 264 bytes for 44 032" in table
+
+
+def test_a_control_that_is_missing_or_speaks_of_loss_only_leaves_the_others():
+    results = text_results()
+    results["controls"]["lora"] = compared_results(layers=1)["controls"]["lora"] | {"epochs": 0}
+    del results["controls"]["lora"]["accuracy"], results["controls"]["lora"]["gain"]
+    table = Page(render(results)).words.split("What else could one do")[1].split("Examples that changed")[0]
+    assert "Accuracy" not in table
+    assert "Few-shot" not in table
+    assert "16 more chose no training 2.100 ± 0.050 −0.210 (−0.27 to −0.15) 320" in table
+    results["best"]["edit"] = None
+    assert "Edited" not in Page(render(results)).words.split("What else could one do")[1].split("Settings")[0]
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_results_and_a_dash_in_the_report():
@@ -556,11 +596,11 @@ def paths(value, path=()):
         yield path
 
 
-@pytest.mark.parametrize("make", [search_results, evaluate_results])
+@pytest.mark.parametrize("make", [search_results, evaluate_results, compared_results])
 @pytest.mark.parametrize("bad", ["missing", None, "text", 7])
 def test_a_damaged_field_gives_a_report_or_one_clear_error(monkeypatch, make, bad):
     monkeypatch.setattr(report, "_plotly", lambda: "")
-    results = make(**({"layers": 1, "rhos": (0.1,)} if make is search_results else {}))
+    results = make(**({} if make is evaluate_results else {"layers": 1, "rhos": (0.1,)}))
     for path in paths(results):
         damaged = copy.deepcopy(results)
         inside = damaged
@@ -591,7 +631,7 @@ def browser():
         chromium.close()
 
 
-@pytest.mark.parametrize("name", ["search", "hostile", "text", "evaluate"])
+@pytest.mark.parametrize("name", ["search", "hostile", "text", "evaluate", "compared"])
 def test_a_browser_draws_the_report_fits_it_and_asks_for_nothing(browser, tmp_path, name):
     (tmp_path / "results.json").write_text(json.dumps(ALL[name]()))
     address = write_report(tmp_path).as_uri()
@@ -608,6 +648,9 @@ def test_a_browser_draws_the_report_fits_it_and_asks_for_nothing(browser, tmp_pa
             page.wait_for_timeout(150)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("window.injected") is None
+            if name == "compared":
+                table = page.locator(".alternatives").bounding_box()
+                assert table["x"] + table["width"] <= width
             if name == "evaluate":
                 continue
             assert page.locator("#heat svg.main-svg").count() > 0

@@ -7,22 +7,23 @@ import pytest
 import torch
 
 import eckart.laser as laser_module
-import eckart.sweep as sweep_module
 import tiny_models as tiny
-from eckart.encoding import Block
+from eckart import truncation
+from eckart.driver import Driver
 from eckart.errors import MatrixError, ModelError
 from eckart.laser import forecast, make_grid, search
+from eckart.layout import Block, Pass
 from eckart.ledger import Ledger
 from eckart.matrices import find_blocks, find_matrices, read, select, write
 from eckart.prefix import PrefixCache
+from eckart.race import Trial, choose
 from eckart.recipe import SearchSettings
 from eckart.results import Measurement, to_json
 from eckart.scoring import prepare, score, summarize
-from eckart.surgery import make_edit, weights_sha256
-from eckart.sweep import Trial, choose
+from eckart.surgery import applied, make_edit, weights_sha256
 from eckart.tasks import Example, make_task, split
 
-SMALL = SearchSettings(types=("fc_in", "out_proj", "v_proj"), rho=(0.05, 0.5), split=0.5)
+SMALL = SearchSettings(strategy="exhaustive", types=("fc_in", "out_proj", "v_proj"), rho=(0.05, 0.5), split=0.5)
 
 
 def labelled(count=16, choices=3, seed=0):
@@ -58,7 +59,7 @@ def test_every_trial_is_that_of_brute_force(name):
     encoded, expected = brute_force(model, tokenizer, task, SMALL)
     assert len(result.trials) == len(expected)
     for trial in result.trials:
-        scores = expected[trial.edit.matrix, trial.edit.rank]
+        scores = expected[trial.edits[0].matrix, trial.edits[0].rank]
         want = summarize(encoded, scores)
         assert trial.validation["accuracy"].value == want["accuracy"].value
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
@@ -79,12 +80,12 @@ def test_the_architectures_for_which_prompts_are_read_once_are_known(name):
     encoded = prepare(tiny.build(name), tiny.tokenizer(), task)
     # Windows of 8 tokens are shorter than these prompts; ALiBi and the older families build masks of their own.
     plain = {"mistral", "gemma2", "gemma3", "falcon_rw", "bloom", "gpt_oss"}
-    assert (encoded.blocks[0].prompt is None) == (name in plain)
+    assert (encoded.layout == "plain") == (name in plain)
 
 
 def whole_batch(inputs):
     nothing = torch.zeros(0, dtype=torch.long)
-    return Block((), (), None, inputs, nothing, nothing, nothing, nothing, nothing)
+    return Block((), (), (Pass(inputs),), nothing, nothing, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "t5"])
@@ -134,34 +135,36 @@ def test_a_model_whose_blocks_are_no_chain_is_searched_with_whole_passes():
     assert any("do not form a chain" in warning for warning in result.warnings)
     encoded, expected = brute_force(model, tokenizer, task, small_batches)
     for trial in result.trials:
-        want = summarize(encoded, expected[trial.edit.matrix, trial.edit.rank])
+        want = summarize(encoded, expected[trial.edits[0].matrix, trial.edits[0].rank])
         assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
 
 
 def test_each_matrix_is_decomposed_once(monkeypatch):
     count = []
-    decompose = sweep_module.truncation.decompose
-    monkeypatch.setattr(sweep_module.truncation, "decompose", lambda w: count.append(1) or decompose(w))
-    settings = SearchSettings(types=("mlp",), rho=(0.1, 0.3, 0.5, 0.9), split=0.5)
+    decompose = truncation.decompose
+    monkeypatch.setattr(truncation, "decompose", lambda w: count.append(1) or decompose(w))
+    settings = SearchSettings(strategy="exhaustive", types=("mlp",), rho=(0.1, 0.3, 0.5, 0.9), split=0.5)
     search(tiny.build("llama"), tiny.tokenizer(), labelled(), settings)
-    # Nine matrices; the winner's and the control's cut are made once more for the test examples.
-    assert len(count) == 9 + 2
+    # Nine matrices; the winner's is decomposed once more, for its cut and the control's on the test examples.
+    assert len(count) == 9 + 1
 
 
 def test_test_examples_are_measured_three_times_however_many_edits_are_tried(monkeypatch):
-    parts = []
-    measure = sweep_module.Meter.measure
+    scored = []
+    score_all = Driver.score
     monkeypatch.setattr(
-        sweep_module.Meter,
-        "measure",
-        lambda self, e, part, *rest: parts.append(part) or measure(self, e, part, *rest),
+        Driver,
+        "score",
+        lambda self, part, candidates, *rest: (
+            scored.extend([part] * len(candidates)) or score_all(self, part, candidates, *rest)
+        ),
     )
     for rho in ((0.5,), (0.05, 0.1, 0.3, 0.5, 0.7)):
-        parts.clear()
+        scored.clear()
         settings = SearchSettings(rho=rho, split=0.5)
         result = search(tiny.build("llama"), tiny.tokenizer(), labelled(40), settings)
         assert result.plan.edits
-        assert parts.count("test") == 3
+        assert scored.count("test") == 3
 
 
 def test_examples_that_choose_take_no_part_in_proving():
@@ -189,7 +192,7 @@ def test_a_second_search_gives_the_same_digits_and_another_seed_another_split():
 def trial(accuracy, loss, rank, name="m"):
     matrix = find_matrices(tiny.build("llama"))[0]
     edit = make_edit(matrix, 0.5).model_copy(update={"rank": rank, "matrix": name})
-    return Trial(edit, measured(accuracy, loss))
+    return Trial((edit,), measured(accuracy, loss))
 
 
 def measured(accuracy, loss):
@@ -199,22 +202,24 @@ def measured(accuracy, loss):
 
 def test_ties_go_to_the_lower_loss_then_to_the_smaller_rank():
     base = measured(0.5, 1.0)
-    assert choose([trial(0.6, 0.9, 5), trial(0.7, 2.0, 5)], base).validation["accuracy"].value == 0.7
-    assert choose([trial(0.7, 0.9, 5), trial(0.7, 0.8, 9)], base).edit.rank == 9
-    assert choose([trial(0.7, 0.8, 9), trial(0.7, 0.8, 5)], base).edit.rank == 5
-    assert choose([trial(0.7, 0.8, 5, "first"), trial(0.7, 0.8, 5, "second")], base).edit.matrix == "first"
+    assert choose([trial(0.6, 0.9, 5), trial(0.7, 2.0, 5)], base, "accuracy").validation["accuracy"].value == 0.7
+    assert choose([trial(0.7, 0.9, 5), trial(0.7, 0.8, 9)], base, "accuracy").edits[0].rank == 9
+    assert choose([trial(0.7, 0.8, 9), trial(0.7, 0.8, 5)], base, "accuracy").edits[0].rank == 5
+    assert (
+        choose([trial(0.7, 0.8, 5, "first"), trial(0.7, 0.8, 5, "second")], base, "accuracy").edits[0].matrix == "first"
+    )
 
 
 def test_the_unedited_model_is_a_candidate():
     base = measured(0.5, 1.0)
-    assert choose([], base) is None
-    assert choose([trial(0.5, 1.0, 5), trial(0.4, 0.1, 5)], base) is None
-    assert choose([trial(0.5, 0.99, 5)], base) is not None
-    assert choose([trial(None, math.nan, 5)], measured(None, 1.0)) is None
+    assert choose([], base, "accuracy") is None
+    assert choose([trial(0.5, 1.0, 5), trial(0.4, 0.1, 5)], base, "accuracy") is None
+    assert choose([trial(0.5, 0.99, 5)], base, "accuracy") is not None
+    assert choose([trial(None, math.nan, 5)], measured(None, 1.0), "accuracy") is None
 
 
 def test_without_a_better_edit_the_plan_is_empty(monkeypatch):
-    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline: None)
+    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline, select: None)
     result = search(tiny.build("llama"), tiny.tokenizer(), labelled(), SMALL)
     assert result.plan.edits == ()
     assert result.gain is None
@@ -225,7 +230,7 @@ def test_a_text_task_is_searched_by_loss():
     task = make_task("text", [Example(tiny.sentence(20 + i, i), None) for i in range(8)])
     result = search(tiny.build("llama"), tiny.tokenizer(), task, SMALL)
     best = min(result.trials, key=lambda t: t.validation["loss"].value)
-    assert result.plan.edits == (best.edit,)
+    assert result.plan.edits == best.edits
     assert result.gain is None
     assert "perplexity" in result.best["test"]
     assert result.loss_gain.interval[0] <= result.loss_gain.value <= result.loss_gain.interval[1]
@@ -248,10 +253,81 @@ def test_equal_ranks_are_tried_once():
     assert [edit.rho for edit in edits] == [0.01, 0.02]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss", "bert", "t5"])
+@pytest.mark.parametrize("options", [{"blocks": (1, 3)}, {"clustering": "heads"}])
+def test_every_trial_with_blocks_is_that_of_brute_force(name, options):
+    model, tokenizer, task = tiny.build(name), tiny.tokenizer(mask=True), labelled()
+    types = ("q_proj", "v_proj") if options.get("clustering") else ("v_proj", "fc_in")
+    settings = SearchSettings(strategy="exhaustive", types=types, rho=(0.1, 0.5), split=0.5, **options)
+    before = weights_sha256(model)
+    result = search(model, tokenizer, task, settings)
+    assert weights_sha256(model) == before
+    validation, _ = split(task, settings.split, seed=settings.seed)
+    encoded = prepare(model, tokenizer, validation, **settings.encoding)
+    expected = {}
+    for matrix in select(find_matrices(model), types=types):
+        for blocks in settings.blocks if types[1] == "fc_in" else (matrix.heads,):
+            original = read(model, matrix)
+            for rho in settings.rho:
+                rank = max(1, math.floor(rho * min(math.ceil(matrix.shape[0] / blocks), matrix.shape[1]) + 1e-9))
+                parts = []
+                for part in original.tensor_split(blocks):
+                    u, s, vh = torch.linalg.svd(part, full_matrices=False)
+                    parts.append((u[:, :rank] * s[:rank]) @ vh[:rank])
+                write(model, matrix, torch.cat(parts))
+                expected[matrix.name, blocks, rank] = summarize(encoded, score(model, tokenizer, encoded))
+                write(model, matrix, original)
+    assert {(t.edits[0].matrix, t.edits[0].blocks, t.edits[0].rank) for t in result.trials} == set(expected)
+    for trial in result.trials:
+        want = expected[trial.edits[0].matrix, trial.edits[0].blocks, trial.edits[0].rank]
+        assert trial.validation["accuracy"].value == want["accuracy"].value
+        assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
+
+
+def test_a_search_of_subspaces_measures_what_its_plan_puts_into_the_model():
+    model, tokenizer, task = tiny.build("llama"), tiny.tokenizer(), labelled(40)
+    settings = SearchSettings(
+        strategy="exhaustive", types=("mlp",), rho=(0.05, 0.3), blocks=(2, 4), clustering="subspaces", split=0.5
+    )
+    before = weights_sha256(model)
+    result = search(model, tokenizer, task, settings)
+    assert weights_sha256(model) == before
+    assert len(result.trials) == 9 * 4
+    validation, _ = split(task, settings.split, seed=settings.seed)
+    encoded = prepare(model, tokenizer, validation, **settings.encoding)
+    for trial in result.trials[::5]:
+        with applied(model, [trial.edits[0]]):
+            want = summarize(encoded, score(model, tokenizer, encoded))
+        assert trial.validation["loss"].value == pytest.approx(want["loss"].value, abs=1e-5)
+    (edit,) = result.plan.edits
+    assert (edit.clustering, result.spectrum, "random_basis" in result.controls) == ("subspaces", None, False)
+    assert result.cost.integers == edit.shape[0]
+    assert result.to_results()["best"]["cost"] == result.cost
+
+
+def test_edits_that_are_equal_are_tried_once_whatever_their_blocks():
+    matrices = find_matrices(tiny.build("llama"))
+
+    def edits_of(kind, **options):
+        (_, edits), *_ = make_grid(matrices, SearchSettings(types=(kind,), **options))
+        return [(edit.blocks, edit.rank) for edit in edits]
+
+    assert edits_of("q_proj", rho=(0.01, 0.02, 0.5), blocks=(4, 1, 4)) == [(1, 1), (1, 16), (4, 1), (4, 4)]
+    # Blocks of one row keep everything, as rank 32 of the whole does.
+    assert edits_of("q_proj", rho=(0.5, 1.0), blocks=(1, 2, 32)) == [(1, 16), (1, 32), (2, 8)]
+    assert edits_of("v_proj", rho=(0.5,), clustering="heads") == [(2, 4)]
+
+
+def test_heads_of_matrices_without_them_are_refused_before_any_work():
+    with pytest.raises(MatrixError, match=r"o_proj.*lie in its columns"):
+        search(tiny.build("llama"), tiny.tokenizer(), labelled(), SearchSettings(clustering="heads"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         SearchSettings(types=("qkv_proj",), rho=(0.2,), split=0.5),
+        SearchSettings(types=("qkv_proj",), rho=(0.2,), blocks=(2,), clustering="subspaces", split=0.5),
         SearchSettings(types=("q_proj",), kind="zero", split=0.5),
         SearchSettings(types=("mlp",), kind="magnitude", rho=(0.5,), split=0.5),
         SearchSettings(types=("mlp",), basis="bottom", rho=(0.5,), split=0.5),
@@ -314,7 +390,7 @@ def test_results_hold_no_bare_float():
             for item in value:
                 walk(item, path)
         elif isinstance(value, float):
-            allowed = (".seconds", ".spectrum", ".recipe", ".edit.rho", ".coverage")
+            allowed = (".seconds", ".spectrum", ".recipe", ".edit.rho", ".edits.rho", ".coverage")
             assert any(word in path for word in allowed), path
 
     walk(results, "")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eckart
+import eckart.sensitivity as sensitivity_module
 import tiny_models as tiny
 from eckart.errors import RecipeError
 from eckart.laser import make_grid, search
@@ -15,7 +16,7 @@ from eckart.matrices import find_matrices, part_of, read, select, write
 from eckart.recipe import SearchSettings, make_settings
 from eckart.scoring import prepare, score
 from eckart.sensitivity import predict
-from eckart.surgery import make_edit, weights_sha256
+from eckart.surgery import make_edit, replacement, weights_sha256
 from eckart.tasks import Example, make_task
 
 TYPES = {
@@ -154,12 +155,28 @@ def test_a_guided_search_measures_the_best_predicted_edits_and_chooses_among_the
     assert len(guided.trials) == 5
     assert len(guided.predictions) == len(whole.trials) == guided.facts["trials"]["grid"]
     best = sorted(guided.predictions, key=lambda p: p.total)[:5]
-    assert {t.edit.matrix for t in guided.trials} == {p.edit.matrix for p in best}
-    measured = {(t.edit.matrix, t.edit.rank): t.validation for t in whole.trials}
+    assert {t.edits[0].matrix for t in guided.trials} == {p.edit.matrix for p in best}
+    measured = {(t.edits[0].matrix, t.edits[0].rank): t.validation for t in whole.trials}
     for trial in guided.trials:
         if trial.stopped is None:
-            found, expected = trial.validation["loss"].value, measured[trial.edit.matrix, trial.edit.rank]["loss"].value
+            found, expected = (
+                trial.validation["loss"].value,
+                measured[trial.edits[0].matrix, trial.edits[0].rank]["loss"].value,
+            )
             assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"blocks": (1, 2)}, {"blocks": (3,), "clustering": "subspaces", "guard": "none"}])
+def test_a_guided_search_of_blocks_measures_the_best_predicted_ones(options):
+    model, tokenizer, task = tiny.build("llama"), tiny.tokenizer(), labelled(20)
+    settings = SearchSettings(
+        strategy="guided", shortlist=4, types=("v_proj", "mlp"), rho=(0.1, 0.5), split=0.5, **options
+    )
+    found = search(model, tokenizer, task, settings)
+    best = sorted(found.predictions, key=lambda p: p.total)[:4]
+    assert {p.edit for p in best} == {t.edits[0] for t in found.trials}
+    assert {p.edit.blocks for p in found.predictions} == set(settings.blocks)
+    assert all((p.guard == 0) == (settings.guard == "none") for p in found.predictions)
 
 
 def test_a_guided_search_of_the_demo_finds_the_winner_of_the_exhaustive_one():
@@ -170,6 +187,105 @@ def test_a_guided_search_of_the_demo_finds_the_winner_of_the_exhaustive_one():
     assert [(e.matrix, e.rank) for e in found.plan.edits] == [("model.layers.3.mlp.gate_proj", 1)]
     assert found.facts["trials"]["evaluated"] <= 16
     assert found.facts["task"]["validation"] == 100
+
+
+def gradient_of_mean_loss(model, encoded, matrix):
+    """By plain autograd, one example after the other."""
+    model.zero_grad()
+    for index, example in enumerate(encoded.task.examples):
+        sequence = encoded.sequences[index][example.answer]
+        logits = model(input_ids=torch.tensor([sequence.row.ids])).logits[0]
+        picked = torch.log_softmax(logits, -1)[list(sequence.positions), list(sequence.targets)]
+        (-picked.mean() / encoded.count).backward()
+    gradient = part_of(model.get_parameter(matrix.parameter).grad, matrix).clone()
+    model.zero_grad()
+    return gradient
+
+
+BLOCKED = [
+    {},
+    {"blocks": 2},
+    {"blocks": 5},
+    {"clustering": "heads"},
+    {"blocks": 3, "clustering": "subspaces"},
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral"])
+def test_the_first_order_of_blocks_is_the_product_of_gradient_and_change(name):
+    model, _, encoded = setting(name)
+    found = select(find_matrices(model), types=["q_proj", "v_proj", "fc_out"], layers=[1])[:4]
+    grid = [
+        (
+            m,
+            [
+                make_edit(m, rho, **options)
+                for options in BLOCKED
+                for rho in (0.2, 0.6)
+                if m.heads or "heads" not in options.values()
+            ],
+        )
+        for m in found
+    ]
+    predictions = iter(predict(model, encoded, grid))
+    for matrix, edits in grid:
+        weight = read(model, matrix)
+        gradient = gradient_of_mean_loss(model, encoded, matrix)
+        for edit in edits:
+            prediction = next(predictions)
+            assert prediction.edit == edit
+            expected = float((gradient * (replacement(weight, edit) - weight)).sum())
+            assert prediction.change.value == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("options", [{"blocks": 4}, {"blocks": 4, "clustering": "subspaces"}])
+def test_the_first_order_of_blocks_is_the_slope_of_the_loss(options):
+    model, tokenizer, encoded = setting("llama")
+    matrix = next(m for m in find_matrices(model) if m.type == "fc_in" and m.layer == 1)
+    edit = make_edit(matrix, 0.4, **options)
+    (prediction,) = predict(model, encoded, [(matrix, [edit])])
+    original = read(model, matrix)
+    step = 1e-4 * (replacement(original, edit) - original)
+    losses = []
+    for sign in (1, -1):
+        write(model, matrix, original + sign * step)
+        losses.append(score(model, tokenizer, encoded).loss.mean())
+    # Scores are read in float32, so a difference over a small step has few digits.
+    assert prediction.change.value == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=2e-2, abs=2e-3)
+
+
+def test_the_guard_is_left_out_where_it_is_not_wanted():
+    model, _, encoded = setting("llama")
+    grid = make_grid(find_matrices(model), SearchSettings(types=("mlp",), rho=(0.2, 0.8)))
+    with_guard, without = predict(model, encoded, grid), predict(model, encoded, grid, guard="none")
+    assert [p.change for p in without] == [p.change for p in with_guard]
+    assert all(p.guard > 0 for p in with_guard)
+    assert all(p.guard == 0 and p.total == p.change.value for p in without)
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": (1, 3)}, {"blocks": (2,), "clustering": "subspaces"}])
+def test_decompositions_that_do_not_fit_together_are_held_one_group_after_the_other(monkeypatch, options):
+    model, _, encoded = setting("llama")
+    grid = make_grid(find_matrices(model), SearchSettings(types=("mlp", "v_proj"), rho=(0.2, 0.8), **options))
+    whole = predict(model, encoded, grid)
+    held: list[int] = []
+    shares = sensitivity_module._shares
+
+    def watched(model, encoded, block, pieces, clusters):
+        tensors = [t for parts in clusters for c in parts for t in (c.spectrum.U, c.spectrum.S, c.spectrum.Vh)]
+        held.append(sum(t.numel() * t.element_size() for t in tensors))
+        return shares(model, encoded, block, pieces, clusters)
+
+    monkeypatch.setattr(sensitivity_module, "_shares", watched)
+    limit = 60_000
+    parts = predict(model, encoded, grid, spectra_bytes=limit)
+    assert len(held) > len(encoded.blocks)
+    assert max(held) <= limit
+    each_alone = predict(model, encoded, grid, spectra_bytes=0)
+    for found in (parts, each_alone):
+        assert [p.edit for p in found] == [p.edit for p in whole]
+        np.testing.assert_allclose([p.change.value for p in found], [p.change.value for p in whole], rtol=1e-9)
+        np.testing.assert_allclose([p.guard for p in found], [p.guard for p in whole], rtol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"kind": "magnitude"}, {"basis": "bottom"}, {"svd": "lowrank"}])

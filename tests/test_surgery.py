@@ -4,10 +4,22 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from eckart.errors import MatrixError, ModelError, PlanError
+from eckart.errors import MatrixError, ModelError, PlanError, RankError
 from eckart.matrices import by_name, find_matrices, partition, read
 from eckart.plan import MadeBy, Plan, PlannedModel
-from eckart.surgery import applied, apply_, check_finite, check_plan, make_edit, replacement, weights_sha256
+from eckart.surgery import (
+    applied,
+    apply_,
+    check_finite,
+    check_plan,
+    clusters_of,
+    cost,
+    decomposition,
+    decomposition_key,
+    make_edit,
+    replacement,
+    weights_sha256,
+)
 
 
 def plan_for(model, edits, sha=None):
@@ -30,7 +42,16 @@ def test_an_edit_puts_the_truncated_matrix_in_and_leaves_the_rest(name):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kind": "zero"}, {"kind": "magnitude"}, {"svd": "lowrank"}, {"basis": "random"}]
+    "options",
+    [
+        {},
+        {"kind": "zero"},
+        {"kind": "magnitude"},
+        {"svd": "lowrank"},
+        {"basis": "random"},
+        {"blocks": 3},
+        {"blocks": 3, "clustering": "subspaces"},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_edit_for_a_while_is_gone_to_the_bit(options, dtype):
@@ -115,3 +136,113 @@ def test_a_weight_that_is_not_finite_is_named(value):
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight hold NaN or infinity"):
         check_finite(model)
+
+
+def best_of(weight, rank):
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).float()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("clustering", ["contiguous", "subspaces"])
+def test_blocks_of_rows_are_cut_each_by_itself(name, clustering):
+    model = tiny.build(name)
+    for matrix in [m for m in find_matrices(model) if m.layer == 1 and m.type != "other"]:
+        weight = read(model, matrix)
+        edit = make_edit(matrix, 0.25, blocks=3, clustering=clustering)
+        assert edit.rank == max(1, int(0.25 * min(-(-matrix.shape[0] // 3), matrix.shape[1])))
+        clusters = clusters_of(weight, edit)
+        assert sorted(torch.cat(clusters).tolist()) == list(range(matrix.shape[0]))
+        found = replacement(weight, edit)
+        for rows in clusters:
+            torch.testing.assert_close(found[rows], best_of(weight[rows], edit.rank), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "bloom"])
+def test_heads_are_cut_each_by_itself(name):
+    model = tiny.build(name)
+    for matrix in [m for m in find_matrices(model) if m.layer == 1 and m.heads]:
+        weight = read(model, matrix)
+        edit = make_edit(matrix, 0.5, clustering="heads")
+        expected = [best_of(head, 4) for head in weight.chunk(matrix.heads)]
+        assert (edit.blocks, edit.rank) == (matrix.heads, 4)
+        torch.testing.assert_close(replacement(weight, edit), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_heads_of_a_matrix_without_are_refused():
+    matrices = find_matrices(tiny.build("gpt2"))
+    for kind in ("out_proj", "fc_in", "qkv_proj"):
+        matrix = next(m for m in matrices if m.type == kind)
+        with pytest.raises(MatrixError, match=f"{kind}.*lie in its columns.*--types"):
+            make_edit(matrix, 0.5, clustering="heads")
+
+
+def test_more_blocks_than_rows_are_refused():
+    matrix = find_matrices(tiny.build("llama"))[0]
+    make_edit(matrix, 0.5, blocks=32)
+    with pytest.raises(RankError, match="33 blocks do not fit a matrix of 32 rows"):
+        make_edit(matrix, 0.5, blocks=33)
+
+
+@pytest.mark.parametrize("options", [{}, {"blocks": 3}, {"blocks": 3, "clustering": "subspaces"}])
+def test_keeping_everything_is_the_matrix_itself_however_it_is_divided(options):
+    model = tiny.build("llama")
+    for matrix in find_matrices(model)[:7]:
+        weight = read(model, matrix)
+        assert torch.equal(replacement(weight, make_edit(matrix, 1.0, **options)), weight)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"blocks": 3}, {"clustering": "heads"}, {"blocks": 3, "clustering": "subspaces"}]
+)
+def test_edits_with_one_key_share_a_decomposition(options):
+    model = tiny.build("llama")
+    matrix = find_matrices(model)[0]
+    weight = read(model, matrix)
+    edits = [make_edit(matrix, rho, **options) for rho in (0.1, 0.3, 0.5)]
+    held = {}
+    for edit in edits:
+        held.setdefault(decomposition_key(edit), decomposition(weight, edit))
+    assert len(held) == (3 if options.get("clustering") == "subspaces" else 1)
+    assert decomposition_key(make_edit(matrix, 0.3, blocks=2)) not in held
+    for edit in edits:
+        expected = replacement(weight, edit)
+        assert torch.equal(replacement(weight, edit, held[decomposition_key(edit)]), expected)
+        if edit.blocks == 1:
+            torch.testing.assert_close(best_of(weight, edit.rank), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_subspaces_have_a_seed_of_their_own_for_every_matrix():
+    first, second, *_ = find_matrices(tiny.build("llama"))
+    seeds = [make_edit(m, 0.1, blocks=2, clustering="subspaces", seed=s).seed for m in (first, second) for s in (0, 1)]
+    assert len(set(seeds)) == 4
+    assert make_edit(first, 0.1, blocks=2, seed=1).seed == 0
+    assert make_edit(first, 0.1, clustering="subspaces") == make_edit(first, 0.1)
+
+
+def test_the_cost_is_that_of_the_factors_that_would_be_kept():
+    matrix = next(m for m in find_matrices(tiny.build("llama")) if m.type == "fc_in")
+    out, into = matrix.shape
+    assert (out, into) == (48, 32)
+    for options, numbers in (({"kind": "zero"}, 0), ({"kind": "magnitude"}, 48 * 32), ({}, 3 * (48 + 32))):
+        found = cost(make_edit(matrix, 0.1, **options))
+        assert (found.numbers, found.integers, found.flops) == (numbers, 0, 2 * numbers)
+    five = cost(make_edit(matrix, 0.2, blocks=5))
+    # Blocks of 10, 10, 10, 9 and 9 rows at rank 2.
+    assert five.numbers == 3 * 2 * (10 + 32) + 2 * 2 * (9 + 32)
+    assert five.flops == 2 * five.numbers
+    # Full rank in small blocks: dense is fewer.
+    assert cost(make_edit(matrix, 1.0, blocks=4)).numbers == 48 * 32
+
+
+def test_the_cost_of_subspaces_needs_the_sizes_and_counts_the_order_of_the_rows():
+    model = tiny.build("llama")
+    matrix = next(m for m in find_matrices(model) if m.type == "fc_in")
+    edit = make_edit(matrix, 0.2, blocks=4, clustering="subspaces")
+    sizes = [len(rows) for rows in clusters_of(read(model, matrix), edit)]
+    found = cost(edit, sizes)
+    assert found.numbers == sum(min(min(edit.rank, size) * (size + 32), size * 32) for size in sizes)
+    assert found.integers == 48
+    for wrong in (None, [48], [1, 1, 1, 1]):
+        with pytest.raises(PlanError, match="clusters_of"):
+            cost(edit, wrong)

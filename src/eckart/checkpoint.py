@@ -84,6 +84,9 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
         raise
     except Exception as error:  # from_pretrained raises OSError, ValueError, RuntimeError and safetensors' own
         raise ModelError(f"{source} could not be loaded: {_first_line(error)}. {_remedy(local)}") from error
+    # Where peft is installed, transformers puts a checkpoint's adapter into the model unasked.
+    if hasattr(model, "peft_config"):
+        raise _has_adapter(source)
     # transformers would go on with random numbers in their place.
     if missing := sorted(loaded["missing_keys"]):
         raise ModelError(
@@ -173,8 +176,10 @@ def check_folder(folder: Path) -> None:
         folder: As written by `save_pretrained`.
 
     Raises:
-        ModelError: No config, no safetensors, pickled weights only, a missing or damaged shard.
+        ModelError: No config, an adapter, no safetensors, pickled weights only, a missing or damaged shard.
     """
+    if (folder / "adapter_config.json").exists():
+        raise _has_adapter(str(folder))
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json. A model folder is as `save_pretrained` writes it. Check the path."
@@ -201,6 +206,13 @@ def check_folder(folder: Path) -> None:
         )
     for shard in shards:
         check_safetensors(folder / str(shard))
+
+
+def _has_adapter(source: str) -> ModelError:
+    return ModelError(
+        f"{source} holds an adapter (adapter_config.json) beside or instead of a model. eckart edits whole weights. "
+        "Merge it first with peft's merge_and_unload() and save_pretrained(), or take the adapter's files away."
+    )
 
 
 def check_safetensors(path: Path) -> None:

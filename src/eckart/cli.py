@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box, markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eckart.errors import EckartError
@@ -98,11 +98,20 @@ def search(
     model: Model,
     task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
-    strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.  [default: exhaustive]")] = None,
+    strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.  [default: race]")] = None,
+    select: Annotated[str | None, typer.Option(help="The best edit has the best 'accuracy' or 'loss'.")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Edits that --strategy guided measures.  [default: 16]")] = None,
+    confidence: Annotated[float | None, typer.Option(help="Stop edits by a sequential test, too: 0.999.")] = None,
+    compose: Annotated[int | None, typer.Option(help="Most edits that are made together.  [default: 1]")] = None,
+    beam: Annotated[int | None, typer.Option(help="Sets that --compose pursues.  [default: 1, greedy]")] = None,
+    guard: Annotated[str | None, typer.Option(help="Second order that guided adds: fisher or none.")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Blocks of rows, each cut by itself: '1,2,4'.  [default: 1]")
+    ] = None,
+    clustering: Annotated[str | None, typer.Option(help="Rows of a block: contiguous, heads or subspaces.")] = None,
     kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.  [default: low_rank]")] = None,
     basis: Annotated[str | None, typer.Option(help="Components that stay: top, bottom or random.")] = None,
     svd: Annotated[str | None, typer.Option(help="exact, or lowrank to mimic the LASER reference.")] = None,
@@ -110,11 +119,16 @@ def search(
     split: Annotated[float | None, typer.Option(help="Share of the examples that choose.  [default: 0.2]")] = None,
     shuffle: Annotated[bool | None, typer.Option(help="Shuffle the examples first.")] = None,
     examples: Annotated[int | None, typer.Option(help="At most this many examples choose.")] = None,
+    controls: Annotated[bool | None, typer.Option(help="Also measure few-shot prompts, LoRA and int8.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Most examples in a few-shot prompt.  [default: 5]")] = None,
     normalize: Normalize = None,
     batch_tokens: BatchTokens = None,
     overlong: Overlong = None,
     window: Window = None,
     stride: Stride = None,
+    cache_bytes: Annotated[int | None, typer.Option(help="Most that a worker's prefix cache holds.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the work.", min=1)] = 1,
+    ray: Annotated[str | None, typer.Option(help="Ray cluster that does the work: auto or its address.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = None,
@@ -131,10 +145,18 @@ def search(
     with _reported(debug, resume=True):
         given: dict[str, Any] = {
             "strategy": strategy,
+            "select": select,
             "shortlist": shortlist,
+            "confidence": confidence,
+            "compose": compose,
+            "beam": beam,
+            "cache_bytes": cache_bytes,
+            "guard": guard,
             "types": _words(types),
             "layers": _integers(layers),
             "rho": _numbers(rho),
+            "blocks": _integers(blocks, "blocks"),
+            "clustering": clustering,
             "kind": kind,
             "basis": basis,
             "svd": svd,
@@ -142,6 +164,8 @@ def search(
             "split": split,
             "shuffle": shuffle,
             "examples": examples,
+            "controls": controls,
+            "shots": shots,
             "seed": seed,
             "normalize": normalize,
             "batch_tokens": batch_tokens,
@@ -154,7 +178,9 @@ def search(
         if dry_run:
             _print_forecast(forecast_search(model, examples_read, settings, device=device, dtype=dtype), json)
             return
-        found = _search(model, examples_read, out, settings, json=json, device=device, dtype=dtype)
+        found = _search(
+            model, examples_read, out, settings, json=json, device=device, dtype=dtype, workers=workers, ray=ray
+        )
         if not json:
             _print_search(found)
             _print_files(out)
@@ -300,6 +326,8 @@ def _search(
     json: bool,
     device: str = "auto",
     dtype: str = "auto",
+    workers: int = 1,
+    ray: str | None = None,
 ) -> SearchResult:
     from eckart.results import to_json
     from eckart.run import is_unfinished, run_search
@@ -309,43 +337,60 @@ def _search(
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[best]}"),
+        TextColumn("{task.fields[facts]}"),
     )
     with Progress(*columns, console=errors, transient=True) as bar:
-        line = bar.add_task("loading", total=None, best="")
+        line = bar.add_task("loading", total=None, facts="")
 
         def show(now: Any) -> None:
-            best = f"best so far: {_describe(now.best)}" if now.best else ""
-            bar.update(line, description=now.stage, completed=now.done, total=now.total, best=_safe(best))
+            facts = f"{now.done}/{now.total} edits done, {now.alive} alive"
+            best = f"; best so far: {_describe(now.best)}" if now.best else ""
+            # A stopped edit needs no more examples, so the share of edits that are done tells the time that is left.
+            left = now.examples_total * (1 - now.done / now.total) if now.total else 0
+            bar.update(
+                line,
+                description=now.stage,
+                completed=now.examples,
+                total=now.examples + left if now.total else None,
+                facts=_safe(f"{now.examples} examples, {facts}{best}"),
+            )
 
-        found = run_search(model, task, out, settings, device=device, dtype=dtype, progress=show)
+        found = run_search(
+            model, task, out, settings, device=device, dtype=dtype, workers=workers, ray=ray, progress=show
+        )
     if json:
         sys.stdout.write(to_json(found.to_results()))
     return found
 
 
 def _describe(trial: Any) -> str:
-    edit = trial.edit
     name = "accuracy" if "accuracy" in trial.validation else "loss"
+    return f"{'; '.join(map(_short, trial.edits))}: {name} {trial.validation[name].value:.3f}"
+
+
+def _short(edit: Any) -> str:
     place = f"layer {edit.layer}" if edit.layer is not None else edit.matrix
-    return f"{edit.type}, {place}, ρ {edit.rho:g}: {name} {trial.validation[name].value:.3f}"
+    return f"{edit.type}, {place}, ρ {edit.rho:g}"
 
 
 def _print_search(found: SearchResult) -> None:
     task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
-    guided = f"Predicted {trials['grid']} edits and tried" if found.predictions else "Tried"
-    early = sum(trial.stopped is not None for trial in found.trials)
+    guided = f"Predicted {trials['grid']} edits and tried" if len(found.trials) < trials["grid"] else "Tried"
+    together = f" and {len(found.compositions)} sets of them" if found.compositions else ""
+    early = trials["stopped"]
     output.print(
-        f"\n{guided} {len(found.trials)} edits on {task['validation']} examples in {seconds['total']:.1f} s"
+        f"\n{guided} {len(found.trials)} edits{together} on {task['validation']} examples in {seconds['total']:.1f} s"
         f"{f' ({early} could not win and were stopped early)' if early else ''}; "
         f"the other {task['test']} examples prove."
     )
+    for edit in found.plan.edits:
+        what = f"rank {edit.rank} of {edit.full_rank} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
+        what += f" in each of {edit.blocks} blocks of rows ({edit.clustering})" if edit.blocks > 1 else ""
+        output.print(f"Best edit: [bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}")
     if found.plan.edits:
-        edit = found.plan.edits[0]
-        what = f"rank {edit.rank} of {min(edit.shape)} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
-        output.print(f"Best edit: [bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}\n")
+        output.print()
     else:
         output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
     table = Table("test examples", "unedited", "edited", "change, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -354,7 +399,8 @@ def _print_search(found: SearchResult) -> None:
         after = _number(found.best["test"][name]) if found.plan.edits else "–"
         table.add_row(name, _number(before), after, _gain(gains.get(name)))
     for name, control in found.controls.items():
-        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), "control")
+        change = _gain(control.get("gain") or control.get("loss_gain")) or "control"
+        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), change)
     output.print(table)
     if found.gain is not None and found.gain.p_value is not None:
         counts = found.flip_counts
@@ -419,7 +465,7 @@ def _words(text: str | None) -> Sequence[str] | None:
     return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _integers(text: str | None) -> Sequence[int] | None:
+def _integers(text: str | None, what: str = "layers") -> Sequence[int] | None:
     if text is None:
         return None
     found: list[int] = []
@@ -430,7 +476,7 @@ def _integers(text: str | None) -> Sequence[int] | None:
             # Far more than any model has: a slip of the keyboard must not fill the memory.
             found.extend(span[:100_000])
         except ValueError:
-            raise typer.BadParameter(f"layers are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
+            raise typer.BadParameter(f"{what} are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
     return tuple(found)
 
 

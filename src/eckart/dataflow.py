@@ -43,6 +43,7 @@ class Use:
 
     transposed: bool  #: stored as (in, out) rather than (out, in)
     parts: dict[str, Tensor]  #: type -> sorted output rows; one entry when the weight is not fused
+    heads: dict[str, int] = field(default_factory=dict)  #: type -> equal runs of a part's rows, one for each head
 
 
 @dataclass
@@ -326,6 +327,7 @@ def _blocks_cut(model: nn.Module, blocks: Iterable[str], recorder: _Recorder) ->
 
 def _classify(recorder: _Recorder) -> dict[str, Use]:
     parts: dict[str, dict[str, Tensor]] = {}
+    heads: dict[str, dict[str, int]] = {}
     transposed: dict[str, bool] = {}
     for product in recorder.products:
         transposed[product.parameter] = product.transposed
@@ -339,8 +341,12 @@ def _classify(recorder: _Recorder) -> dict[str, Use]:
             ("v_proj", attention.value),
         ):
             for leaf in recorder.source_leaves(operand):
-                if (product := by_leaf.get(id(leaf))) is not None:
-                    parts[product.parameter].setdefault(kind, _rows_reaching(operand, leaf))
+                product = by_leaf.get(id(leaf))
+                if product is None or kind in parts[product.parameter]:
+                    continue
+                rows = parts[product.parameter][kind] = _rows_reaching(operand, leaf)
+                if operand.ndim > 2 and (count := _heads(rows, _rows_reaching(operand.select(-3, 0), leaf))):
+                    heads.setdefault(product.parameter, {})[kind] = count
 
     for product in recorder.products:
         leaves = recorder.source_leaves(product.operand)
@@ -357,7 +363,7 @@ def _classify(recorder: _Recorder) -> dict[str, Use]:
     for product in recorder.products:
         if not parts[product.parameter]:
             parts[product.parameter]["other"] = _all_rows(product)
-    return {name: Use(transposed[name], _disjoint(found)) for name, found in parts.items()}
+    return {name: Use(transposed[name], _disjoint(found), heads.get(name, {})) for name, found in parts.items()}
 
 
 def _classify_first_half(second: _Product, feeding: list[_Product], parts: dict[str, dict[str, Tensor]]) -> None:
@@ -423,6 +429,14 @@ def _rows_reaching(tensor: Tensor, leaf: Tensor) -> Tensor:
     """Indices of the channels of `leaf` that `tensor` depends on."""
     (slope,) = torch.autograd.grad(_weighted_sum(tensor), leaf, retain_graph=True)
     return slope.reshape(-1, leaf.shape[-1]).float().abs().sum(0).nonzero().flatten().cpu()
+
+
+def _heads(rows: Tensor, first: Tensor) -> int | None:
+    """How many equal runs of rows feed one head each, judged by those that feed the first; None for other layouts."""
+    size = len(first)
+    if size == 0 or len(rows) % size or not torch.equal(first, rows[:size]):
+        return None
+    return len(rows) // size
 
 
 def _all_rows(product: _Product) -> Tensor:

@@ -13,78 +13,24 @@ gets it at its end. Encoder-decoders: the encoder reads the prompt, the decoder 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eckart.errors import ModelError, TaskError
+from eckart.layout import Block, Layout, ModelKind, Row, Sequence_, lay_out, padded_tokens, shared_tokens
 from eckart.matrices import output_embeddings
 from eckart.tasks import Task
 
-ModelKind = Literal["causal", "masked", "encoder_decoder"]
 Overlong = Literal["error", "truncate"]
 BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the model reads once."""
-
-    ids: tuple[int, ...]
-    decoder_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sequence_:
-    """One answer (or window of text) to score: a row, and the predictions in it that count."""
-
-    row: Row
-    positions: tuple[int, ...]
-    """Where in the row (the decoder's, if it has one) the predictions are read."""
-    targets: tuple[int, ...]
-    """The tokens that should be predicted there."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fixed batch: all rows of some examples, and where the scored predictions lie.
-
-    Legend: p positions of the batch whose logits are needed, t scored tokens, s sequences.
-    """
-
-    examples: tuple[int, ...]
-    """Indices into the encoded examples."""
-    choices: tuple[int, ...]
-    """Number of sequences of each of them."""
-    prompt: Tensor | None
-    """Token ids of what all answers of an example share, shape (batch, tokens), read first and once into a
-    key-value cache that `inputs` continue; None where `inputs` hold everything."""
-    inputs: dict[str, Tensor]
-    """Keyword arguments of the model, padded on the right."""
-    rows: Tensor
-    columns: Tensor
-    """Shape (p,): the needed positions."""
-    position: Tensor
-    """Shape (t,): index into the p positions."""
-    target: Tensor
-    """Shape (t,): token ids."""
-    sequence: Tensor
-    """Shape (t,): index into the s sequences, which lie example by example."""
-
-    def to(self, device: torch.device) -> Block:
-        """Move every tensor to a device."""
-        moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        prompt = None if self.prompt is None else self.prompt.to(device)
-        fields = [getattr(self, name).to(device) for name in ("rows", "columns", "position", "target", "sequence")]
-        return Block(self.examples, self.choices, prompt, moved, *fields)
-
-    @property
-    def size(self) -> int:
-        """Tokens that the model reads, padding included."""
-        return self.inputs["input_ids"].numel() + (0 if self.prompt is None else self.prompt.numel())
+# A pass over the prompts pays from so many tokens on, in the mean.
+PROMPT_TOKENS = 4
+# More passes, or masks instead of causal attention, have to save so much.
+WORTHWHILE = 0.85
 
 
 @dataclass(frozen=True)
@@ -104,6 +50,10 @@ class Encoded:
     """Examples that were cut to the model's context."""
     sequences: tuple[tuple[Sequence_, ...], ...]
     """What is scored of each example, whatever the layout."""
+    layout: Layout
+    """How the blocks are laid out, and in the next two fields what it takes to lay them out again."""
+    batch_tokens: int
+    pad: int
 
 
 def model_kind(model: nn.Module, tokenizer: Any) -> ModelKind:
@@ -207,117 +157,65 @@ def encode(
         gold = [e.answer if isinstance(e.answer, int) else 0 for e in task.examples]
     items, truncated = _fit(task, items, context, overlong)
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    blocks = tuple(_layout(items, group, kind, pad) for group in _group(items, batch_tokens))
+    blocks = lay_out(items, "plain", kind=kind, pad=pad, batch_tokens=batch_tokens)
     tokens = tuple(len(sequences[answer].targets) for sequences, answer in zip(items, gold))
     single = task.kind == "open" and all(count == 1 for count in tokens)
-    return Encoded(task, kind, blocks, len(items), tokens, single, truncated, tuple(map(tuple, items)))
+    sequences = tuple(map(tuple, items))
+    return Encoded(task, kind, blocks, len(items), tokens, single, truncated, sequences, "plain", batch_tokens, pad)
 
 
-def share_prompts(encoded: Encoded, batch_tokens: int) -> Encoded | None:
-    """Lay a causal task out so that every prompt is read once, whatever its number of answers.
-
-    A block is read in two passes: the prompts, but for their last token, into a key-value cache; then what the
-    answers have each for themselves, packed into one row an example, under a mask that keeps them apart. The
-    first pass needs no logits, so it can end at the keys and values of the last layer.
+def arrange(
+    encoded: Encoded,
+    *,
+    layout: Layout | None = None,
+    strata: Sequence[int] | None = None,
+    batch_tokens: int | None = None,
+) -> Encoded:
+    """Lay an encoded task out again.
 
     Args:
-        encoded: A task of a causal model.
-        batch_tokens: As for `encode`.
+        encoded: From `encode`, for any kind of model and task. Not modified.
+        layout: One of `eckart.layout`, all of which but `plain` need a causal model; by default the one it has.
+        strata: A number for each example (window, for perplexity tasks). No block mixes two of them, and those of
+            smaller numbers come first. By default none.
+        batch_tokens: As for `encode`; by default what it was.
 
     Returns:
-        The same task in other blocks; None where prompts are too short for it to pay.
+        The same examples in other blocks, on the CPU.
+
+    Raises:
+        ValueError: There are more or fewer strata than examples.
     """
-    packs = [_pack(sequences) for sequences in encoded.sequences]
-    if sum(pack.shared for pack in packs) < 4 * len(packs):
-        return None
-    order = sorted(range(len(packs)), key=lambda i: (-packs[i].shared, -len(packs[i].ids), i))
-    groups: list[list[int]] = []
-    shared = own = 0
-    for index in order:
-        shared, own = max(shared, packs[index].shared), max(own, len(packs[index].ids))
-        if groups and (len(groups[-1]) + 1) * (shared + own) <= batch_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-            shared, own = packs[index].shared, len(packs[index].ids)
-    blocks = tuple(_layout_shared(encoded.sequences, packs, group) for group in groups)
-    return replace(encoded, blocks=blocks)
+    layout, batch_tokens = layout or encoded.layout, batch_tokens or encoded.batch_tokens
+    if strata is not None and len(strata) != encoded.count:
+        raise ValueError(
+            f"{len(strata)} strata do not fit {encoded.count} examples of {encoded.task.name}. Every example needs "
+            "one number. Give the strata in the order of the examples."
+        )
+    blocks = lay_out(
+        encoded.sequences, layout, kind=encoded.model_kind, pad=encoded.pad, batch_tokens=batch_tokens, strata=strata
+    )
+    return replace(encoded, blocks=blocks, layout=layout, batch_tokens=batch_tokens)
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """The answers of one example in one row, behind the `shared` first tokens of all of them."""
+def worthwhile(encoded: Encoded) -> tuple[Layout, ...]:
+    """Name the layouts that save work, if the model gives the same likelihoods in them.
 
-    shared: int
-    ids: tuple[int, ...]
-    starts: dict[tuple[int, ...], int]
-    """Tokens that an answer reads behind the shared ones -> where they begin in `ids`."""
+    Args:
+        encoded: A task of any kind of model.
 
+    Returns:
+        Those to try, the best first; none where the plain one is best or the only one there is.
+    """
+    if encoded.model_kind != "causal" or encoded.task.kind == "text":
+        return ()
 
-def _pack(sequences: Sequence[Sequence_]) -> _Pack:
-    rows = [sequence.row.ids for sequence in sequences]
-    shared = min(sequence.positions[0] for sequence in sequences)
-    while len({row[:shared] for row in rows}) > 1:
-        shared -= 1
-    ids: list[int] = []
-    starts: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        if row[shared:] not in starts:
-            starts[row[shared:]] = len(ids)
-            ids.extend(row[shared:])
-    return _Pack(shared, tuple(ids), starts)
+    def cost(layout: Layout) -> int:
+        return padded_tokens(encoded.sequences, layout, batch_tokens=encoded.batch_tokens)
 
-
-def _layout_shared(items: Sequence[Sequence[Sequence_]], packs: Sequence[_Pack], group: list[int]) -> Block:
-    width = max(packs[index].shared for index in group)
-    own = max(len(packs[index].ids) for index in group)
-    prompts = [items[index][0].row.ids[: packs[index].shared] or (0,) for index in group]
-    visible = torch.zeros(len(group), 1, own, width + own, dtype=torch.bool)
-    visible[:, 0, :, width:] = torch.eye(own, dtype=torch.bool)  # padding sees itself, so no row is empty
-    position_ids = torch.zeros(len(group), own, dtype=torch.long)
-    scored = _Scored()
-    for row, index in enumerate(group):
-        pack = packs[index]
-        for tail, start in pack.starts.items():
-            end = start + len(tail)
-            visible[row, 0, start:end, : pack.shared] = True
-            visible[row, 0, start:end, width + start : width + end] = torch.ones(len(tail), len(tail)).tril().bool()
-            position_ids[row, start:end] = torch.arange(pack.shared, pack.shared + len(tail))
-        for sequence in items[index]:
-            start = pack.starts[sequence.row.ids[pack.shared :]]
-            scored.add(row, [start + position - pack.shared for position in sequence.positions], sequence.targets)
-    inputs = {
-        "input_ids": _padded([packs[index].ids for index in group], None),
-        "position_ids": position_ids,
-        "attention_mask": visible,
-    }
-    prompt = _padded(prompts, None)
-    choices = tuple(len(items[index]) for index in group)
-    return Block(tuple(group), choices, prompt, inputs, *scored.tensors())
-
-
-class _Scored:
-    """Collects where scored predictions lie; equal positions are kept once."""
-
-    def __init__(self) -> None:
-        self.places: dict[tuple[int, int], int] = {}
-        self.position: list[int] = []
-        self.target: list[int] = []
-        self.owner: list[int] = []
-        self.count = 0
-
-    def add(self, row: int, columns: Iterable[int], targets: Iterable[int]) -> None:
-        """Add one sequence."""
-        for column, token in zip(columns, targets):
-            self.position.append(self.places.setdefault((row, column), len(self.places)))
-            self.target.append(token)
-            self.owner.append(self.count)
-        self.count += 1
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Give rows, columns, position, target and sequence of a block."""
-        rows, columns = zip(*self.places)
-        return tuple(map(torch.tensor, (rows, columns, self.position, self.target, self.owner)))
+    if sum(map(shared_tokens, encoded.sequences)) < PROMPT_TOKENS * encoded.count:
+        return ("tree",) if cost("tree") <= WORTHWHILE * cost("plain") else ()
+    return ("prefixes", "prompts") if cost("prefixes") <= WORTHWHILE * cost("prompts") else ("prompts",)
 
 
 def join(prompt: str, answer: str) -> tuple[str, str]:
@@ -493,53 +391,3 @@ def _truncate(task: Task, sequence: Sequence_, excess: int) -> Sequence_:
             "Drop the example."
         )
     return Sequence_(Row(sequence.row.ids[excess:]), positions, sequence.targets)
-
-
-def _rows_of(sequences: Iterable[Sequence_]) -> dict[Row, int]:
-    rows: dict[Row, int] = {}
-    for sequence in sequences:
-        rows.setdefault(sequence.row, len(rows))
-    return rows
-
-
-def _length(row: Row) -> int:
-    return len(row.ids) + len(row.decoder_ids)
-
-
-def _group(items: Sequence[Sequence[Sequence_]], batch_tokens: int) -> list[list[int]]:
-    """Cut the examples, longest first, into groups of at most `batch_tokens` padded tokens."""
-    order = sorted(range(len(items)), key=lambda i: (-max(_length(s.row) for s in items[i]), i))
-    groups: list[list[int]] = []
-    rows = longest = 0
-    for index in order:
-        mine = _rows_of(items[index])
-        widest = max(map(_length, mine))
-        longest = max(longest, widest)
-        if groups and (rows + len(mine)) * longest <= batch_tokens:
-            groups[-1].append(index)
-            rows += len(mine)
-        else:
-            groups.append([index])
-            rows, longest = len(mine), widest
-    return groups
-
-
-def _layout(items: Sequence[Sequence[Sequence_]], group: list[int], kind: ModelKind, pad: int) -> Block:
-    rows = _rows_of(sequence for index in group for sequence in items[index])
-    scored = _Scored()
-    for index in group:
-        for sequence in items[index]:
-            scored.add(rows[sequence.row], sequence.positions, sequence.targets)
-    # A causal model never looks at what follows, so its padding needs no mask and may be any token.
-    inputs = {"input_ids": _padded([row.ids for row in rows], None if kind == "causal" else pad)}
-    if kind != "causal":
-        lengths = torch.tensor([len(row.ids) for row in rows])
-        inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
-    if kind == "encoder_decoder":
-        inputs["decoder_input_ids"] = _padded([row.decoder_ids for row in rows], pad)
-    return Block(tuple(group), tuple(len(items[index]) for index in group), None, inputs, *scored.tensors())
-
-
-def _padded(rows: list[tuple[int, ...]], pad: int | None) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[row[-1] if pad is None else pad] * (width - len(row))] for row in rows])

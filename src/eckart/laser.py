@@ -1,14 +1,12 @@
-"""LASER search: try every cut of every matrix on the examples that choose, prove the best on the others.
-
-However many edits are tried, the test examples are measured for three models only: the unedited one, the winner,
-and the winner's cut with random components.
-"""
+"""LASER search: try cuts of every matrix on the examples that choose, prove the best on the others."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -16,33 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart import truncation
+from eckart.composition import compose
+from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
+from eckart.driver import Driver, Progress, open_crew
 from eckart.encoding import Encoded
 from eckart.ledger import Ledger, code_sha256
-from eckart.matrices import Matrix, by_name, coverage, find_matrices, partition, read, select
+from eckart.matrices import Matrix, coverage, find_matrices, partition, read, select
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
-from eckart.recipe import SearchSettings
-from eckart.results import SCHEMA_VERSION, Gain, environment, paired_gain
-from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control, prepare, summarize
+from eckart.proof import Flip, cheap_controls, prove, warnings_of
+from eckart.race import Measurements, Rival, Rules, Trial, choose, strata_of
+from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
+from eckart.results import SCHEMA_VERSION, Gain, environment
+from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify, summarize
 from eckart.sensitivity import Prediction, predict
-from eckart.surgery import check_finite, make_edit, weights_sha256
-from eckart.sweep import Grid, Measurements, Meter, Progress, Trial, Walk, choose, key_of, sweep
+from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
+from eckart.sweep import Candidate, Route, key_of, route_of
 from eckart.tasks import Task, split
 
-FLIPPED_SHOWN = 30
-
-
-@dataclass(frozen=True)
-class Flip:
-    """A test example whose answer the winner turned from wrong to right or back."""
-
-    prompt: str
-    answer: str
-    before: str
-    after: str
-    correct_before: bool
-    correct_after: bool
+Grid = Sequence[tuple[Matrix, Sequence[Edit]]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,11 @@ class SearchResult:
     plan: Plan
     """The winner; no edits where nothing beat the unedited model."""
     trials: tuple[Trial, ...]
+    """Single edits, in the order of the grid."""
+    compositions: tuple[Trial, ...]
+    """Sets of edits, where several were composed."""
     predictions: tuple[Prediction, ...]
-    """Of the whole grid, where the search was guided."""
+    """Of the whole grid, where they were made."""
     baseline: dict[str, Measurements]
     """`validation` and `test` of the unedited model."""
     best: dict[str, Measurements]
@@ -65,6 +58,9 @@ class SearchResult:
     flips: tuple[Flip, ...]
     flip_counts: dict[str, int]
     spectrum: dict[str, Any] | None
+    """Of the winner's matrix; None where its blocks were cut, or without a winner."""
+    cost: Cost | None
+    """Memory and operations of the winner's matrix, kept as factors."""
     warnings: tuple[str, ...]
     facts: dict[str, Any] = field(repr=False)
     """`model`, `task`, `trials`, `seconds` and `environment` of results.json."""
@@ -75,7 +71,6 @@ class SearchResult:
         Returns:
             A tree of dicts, lists and measurements.
         """
-        edit = self.plan.edits[0].model_dump(mode="json") if self.plan.edits else None
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": "search",
@@ -84,7 +79,8 @@ class SearchResult:
             "baseline": self.baseline,
             "best": {
                 "plan": "plan.json",
-                "edit": edit,
+                "edits": [_plain(edit) for edit in self.plan.edits],
+                "cost": self.cost,
                 **self.best,
                 "test_gain": self.gain,
                 "test_loss_gain": self.loss_gain,
@@ -92,12 +88,14 @@ class SearchResult:
             "controls": self.controls,
             "trials": self.facts["trials"],
             "grid": [
-                {"edit": t.edit.model_dump(mode="json"), "validation": t.validation, "stopped": t.stopped}
-                for t in self.trials
+                {"edit": _plain(t.edits[0]), "validation": t.validation, "stopped": t.stopped} for t in self.trials
+            ],
+            "compositions": [
+                {"edits": [_plain(edit) for edit in t.edits], "validation": t.validation, "stopped": t.stopped}
+                for t in self.compositions
             ],
             "predictions": [
-                {"edit": p.edit.model_dump(mode="json"), "loss_change": replace(p.change, value=p.total)}
-                for p in self.predictions
+                {"edit": _plain(p.edit), "loss_change": replace(p.change, value=p.total)} for p in self.predictions
             ],
             "spectrum": self.spectrum,
             "flipped": self.flips,
@@ -114,19 +112,21 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
 
     Args:
         matrices: From `find_matrices`.
-        settings: `types`, `layers`, `rho`, `kind` and `basis` restrict it.
+        settings: `types`, `layers`, `rho`, `blocks`, `clustering`, `kind` and `basis` restrict it.
 
     Returns:
-        Each chosen matrix with its edits, one for each distinct rank (of equal ranks the smallest rho stays).
+        Each chosen matrix with its edits, one for each distinct number of blocks and rank (of equal ones the smallest
+        rho stays, and of those that keep everything the first).
 
     Raises:
-        MatrixError: A type or layer that the model does not have.
+        MatrixError: A type or layer that the model does not have, or `heads` of a matrix without them.
+        RankError: More blocks than a matrix has rows.
     """
     grid = []
     rhos = (1.0,) if settings.kind == "zero" else sorted(set(settings.rho))
     for matrix in select(matrices, types=settings.types, layers=settings.layers):
         edits: dict[Any, Edit] = {}
-        for rho in rhos:
+        for blocks, rho in itertools.product(sorted(set(settings.blocks)), rhos):
             edit = make_edit(
                 matrix,
                 rho,
@@ -135,8 +135,12 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
                 svd=settings.svd,
                 niter=settings.niter,
                 seed=settings.seed,
+                blocks=blocks,
+                clustering=settings.clustering,
             )
-            edits.setdefault(edit.rho if settings.kind == "magnitude" else edit.rank, edit)
+            whole = edit.kind == "low_rank" and edit.rank == edit.full_rank
+            blocked = "whole" if whole else (edit.blocks, edit.rank)
+            edits.setdefault(edit.rho if settings.kind == "magnitude" else blocked, edit)
         grid.append((matrix, list(edits.values())))
     return grid
 
@@ -150,11 +154,12 @@ def search(
     source: str = "",
     ledger: Callable[[dict[str, str]], Ledger] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    workers: int = 1,
+    ray: str | None = None,
 ) -> SearchResult:
-    """Find the one matrix whose cut helps most at a task, and prove the gain.
+    """Find the cut, or the few cuts together, that help most at a task, and prove the gain.
 
-    Best means the highest validation accuracy; of equals the lowest loss, then the smallest rank. For
-    perplexity tasks it means the lowest loss.
+    Best means what `settings.select` says; of equals the smallest rank. For perplexity tasks it means the lowest loss.
 
     Args:
         model: A language model in evaluation mode. Edited during the search; as before, to the bit, after it.
@@ -163,7 +168,9 @@ def search(
         settings: The grid and how examples are scored.
         source: Where the model came from, for the plan.
         ledger: Opens the ledger for a fingerprint; by default it is kept in memory.
-        progress: Called after every edit.
+        progress: Called after every block of examples.
+        workers: Processes that share the work; as for `eckart.driver.open_crew`.
+        ray: Address of a Ray cluster that does the work.
 
     Returns:
         The plan and everything measured.
@@ -194,45 +201,89 @@ def search(
         "code": code_sha256(),
         "torch": torch.__version__,
     }
-    with evaluating(model), torch.inference_mode():
+    with ExitStack() as stack:
+        crew = stack.enter_context(
+            open_crew(
+                model,
+                tokenizer,
+                workers=workers,
+                ray=ray,
+                normalize=settings.normalize,
+                cache_bytes=settings.cache_bytes,
+            )
+        )
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
         parts = {
             "validation": prepare(model, tokenizer, validation, **settings.encoding),
             "test": prepare(model, tokenizer, test, **settings.encoding),
         }
         book = ledger(fingerprint) if ledger else Ledger(None, fingerprint)
-        meter = Meter(model, tokenizer, book, settings.normalize)
-        before = summarize(parts["validation"], meter.measure(parts["validation"], "validation", None, matrices))
-        predictions: tuple[Prediction, ...] = ()
-        tried: Grid = grid
-        if settings.strategy == "guided":
-            with meter.timing("predict"):
-                predictions = _predict(model, tokenizer, validation, grid, settings)
-            tried = _shortlist(grid, predictions, settings.shortlist)
-        race = settings.strategy != "exhaustive"
-        trials, exact = sweep(meter, tried, parts["validation"], before, progress, race=race)
-        winner = choose(trials, before)
+        parts["validation"], rules = _lay_out(model, tokenizer, book, parts["validation"], settings)
+        driver = Driver(crew, book, progress)
+        driver.begin(parts, rules)
+        (unedited,) = driver.score("validation", [()])
+        baseline = Rival(summarize(parts["validation"], unedited), unedited)
+        began = time.perf_counter()
+        predictions = _predict(model, tokenizer, validation, grid, settings)
+        predicting = time.perf_counter() - began
+        route = route_of(model)
+        trials = _singles(driver, route, grid, predictions, baseline, settings)
+        compositions: list[Trial] = []
+        if settings.compose > 1:
+            compositions = compose(
+                driver,
+                route,
+                matrices,
+                trials,
+                baseline,
+                most=settings.compose,
+                pool=settings.shortlist,
+                beam=settings.beam,
+            )
+        tried = [*trials, *compositions]
+        winner = choose(tried, baseline.measurements, settings.select)
+        proving = Progress("proving", len(tried), len(tried), 0, 0, 0, winner, baseline.measurements)
         if progress is not None:
-            progress(Progress(len(trials), len(trials), "proving", winner, before))
-        scores = {
-            name: meter.measure(parts["test"], "test", edit, matrices)
-            for name, edit in _edits_to_prove(winner, matrices, settings).items()
-        }
-    meter.seconds["total"] = time.perf_counter() - started
-    proof = _prove(model, matrices, parts, scores, winner, settings)
-    made_by = MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json"))
+            progress(proving)
+        proof = prove(driver, route, model, matrices, winner, seed=settings.seed)
+    seconds = {"total": time.perf_counter() - started, "predict": predicting, **driver.seconds}
+    others, missing = {}, ()
+    if settings.controls:
+        others, missing = measure_controls(
+            model,
+            tokenizer,
+            validation,
+            parts["test"],
+            winner.edits if winner else (),
+            matrices,
+            settings,
+            baseline=proof.scores["baseline"],
+            progress=lambda stage: progress and progress(replace(proving, stage=stage)),
+        )
     planned = PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=weights)
-    measured = {name: summarize(parts["test"], found) for name, found in scores.items()}
     return SearchResult(
-        plan=Plan(model=planned, edits=(winner.edit,) if winner else (), made_by=made_by),
-        trials=trials,
+        plan=Plan(
+            model=planned,
+            edits=winner.edits if winner else (),
+            made_by=MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json")),
+        ),
+        trials=tuple(trials),
+        compositions=tuple(compositions),
         predictions=predictions,
-        baseline={"validation": before, "test": measured["baseline"]},
+        baseline={"validation": baseline.measurements, "test": proof.measured["baseline"]},
         best={
-            "validation": winner.validation if winner else before,
-            "test": measured.get("best", measured["baseline"]),
+            "validation": winner.validation if winner else baseline.measurements,
+            "test": proof.measured.get("best", proof.measured["baseline"]),
         },
-        controls=_controls(parts, measured),
-        warnings=tuple(_warnings(parts, scores, proof["gain"], exact)),
+        gain=proof.gain,
+        loss_gain=proof.loss_gain,
+        controls=cheap_controls(validation, test, proof.measured) | others,
+        flips=proof.flips,
+        flip_counts=proof.flip_counts,
+        spectrum=proof.spectrum,
+        cost=proof.cost,
+        warnings=(*warnings_of(parts, proof.scores, proof.gain, driver.exact), *missing),
         facts={
             "model": planned.model_dump()
             | {
@@ -247,84 +298,104 @@ def search(
             },
             "trials": {
                 "grid": sum(len(edits) for _, edits in grid),
-                "evaluated": sum(trial.stopped is None for trial in trials),
-                "examples": meter.examples,
+                "evaluated": sum(trial.stopped is None for trial in tried),
+                "stopped": sum(trial.stopped is not None for trial in tried),
+                "examples": driver.examples,
+                "prefix_cache_bytes": driver.cache_bytes,
             },
-            "seconds": meter.seconds,
+            "seconds": seconds,
             "environment": environment(),
         },
-        **proof,
     )
+
+
+def _lay_out(
+    model: nn.Module, tokenizer: Any, book: Ledger, encoded: Encoded, settings: SearchSettings
+) -> tuple[Encoded, Rules]:
+    """Put the examples that choose in the order that stops a race soonest."""
+    scores = None
+    if encoded.task.kind != "text" and settings.confidence is None:
+        scores = assemble(encoded, _in_order(model, tokenizer, book, encoded, settings))
+    strata = strata_of(encoded.count, scores, confidence=settings.confidence, seed=settings.seed)
+    if strata is None:
+        return encoded, Rules(settings.select)
+    arranged = stratify(model, encoded, strata)
+    ends = [strata[block.examples[0]] for block in arranged.blocks]
+    looks = tuple(n for n in range(1, len(ends)) if ends[n] != ends[n - 1])
+    return arranged, Rules(settings.select, settings.confidence, looks)
+
+
+def _in_order(
+    model: nn.Module, tokenizer: Any, book: Ledger, encoded: Encoded, settings: SearchSettings
+) -> Mapping[int, BlockScores]:
+    """Score the unedited model before the order is known; a resumed search must find the same order."""
+    known = dict(book.known("order", ""))
+    for index in range(len(encoded.blocks)):
+        if index not in known:
+            known[index] = score_block(model, tokenizer, encoded, index, normalize=settings.normalize)
+            book.add("order", "", {index: known[index]})
+    return known
 
 
 def _predict(
     model: nn.Module, tokenizer: Any, validation: Task, grid: Grid, settings: SearchSettings
 ) -> tuple[Prediction, ...]:
+    """Predict every edit from the first examples; nothing where no prediction is wanted or possible."""
+    if settings.strategy == "exhaustive" or not settings.predictable:
+        return ()
+    few = replace(validation, examples=validation.examples[:GUIDED_EXAMPLES])
+    if settings.strategy == "guided":
+        few = validation
     # Smaller blocks than for scoring: the standard error is over blocks.
     options = settings.encoding | {"batch_tokens": max(1, settings.batch_tokens // 4)}
-    return predict(model, prepare(model, tokenizer, validation, **options), grid)
+    return predict(model, prepare(model, tokenizer, few, **options), grid, guard=settings.guard)
 
 
-def _shortlist(grid: Grid, predictions: Sequence[Prediction], count: int) -> Grid:
-    """Keep the edits with the lowest predicted loss."""
-    best = {key_of(p.edit) for p in sorted(predictions, key=lambda p: p.total)[:count]}
-    kept = [(matrix, [edit for edit in edits if key_of(edit) in best]) for matrix, edits in grid]
-    return [(matrix, edits) for matrix, edits in kept if edits]
-
-
-def _edits_to_prove(
-    winner: Trial | None, matrices: Sequence[Matrix], settings: SearchSettings
-) -> dict[str, Edit | None]:
-    """What the test examples are measured for: as many edits, however many were tried."""
-    found: dict[str, Edit | None] = {"baseline": None}
-    if winner is not None:
-        found["best"] = winner.edit
-        if winner.edit.kind == "low_rank" and winner.edit.basis == "top":
-            matrix = by_name(matrices, winner.edit.matrix)
-            found["random_basis"] = make_edit(matrix, winner.edit.rho, basis="random", seed=settings.seed)
-    return found
-
-
-def _prove(
-    model: nn.Module,
-    matrices: Sequence[Matrix],
-    parts: dict[str, Encoded],
-    scores: dict[str, Scores],
-    winner: Trial | None,
+def _singles(
+    driver: Driver,
+    route: Route,
+    grid: Grid,
+    predictions: Sequence[Prediction],
+    baseline: Rival,
     settings: SearchSettings,
-) -> dict[str, Any]:
-    """Compare winner and unedited model on the same test examples."""
-    counts = {"gained": 0, "lost": 0}
-    if winner is None:
-        return {"gain": None, "loss_gain": None, "flips": (), "flip_counts": counts, "spectrum": None}
-    old, new = scores["baseline"], scores["best"]
-    gain, flips = None, ()
-    if old.correct is not None and new.correct is not None:
-        gain = paired_gain(old.correct, new.correct, "fraction", seed=settings.seed)
-        counts = {"gained": int((new.correct & ~old.correct).sum()), "lost": int((old.correct & ~new.correct).sum())}
-        flips = _flips(parts["test"].task, old, new)
-    values = torch.linalg.svdvals(read(model, by_name(matrices, winner.edit.matrix)).float())
-    return {
-        "gain": gain,
-        "loss_gain": paired_gain(old.loss, new.loss, LOSS_UNIT, seed=settings.seed),
-        "flips": flips,
-        "flip_counts": counts,
-        "spectrum": {
-            "matrix": winner.edit.matrix,
-            "rank": winner.edit.rank,
-            "singular_values": values.tolist(),
-        },
-    }
+) -> list[Trial]:
+    """Try single edits: all of them, or first the most promising, against the unedited model, then the others
+    against the best of those. What an edit is up against does not depend on who measures it and when."""
+    if settings.strategy == "exhaustive":
+        trials = driver.try_all(_groups(route, grid), baseline.measurements, None)
+    else:
+        first = _contenders(grid, predictions, settings.shortlist)
+        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline)
+        if settings.strategy == "race":
+            best = choose(trials, baseline.measurements, settings.select)
+            others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
+            rival = driver.rival(best) if best else baseline
+            trials += driver.try_all(_groups(route, grid, others), baseline.measurements, rival, best=best)
+    found = {key_of(trial.edits): trial for trial in trials}
+    keys = [key_of((edit,)) for _, edits in grid for edit in edits]
+    return [found[key] for key in keys if key in found]
 
 
-def _controls(parts: dict[str, Encoded], measured: dict[str, Measurements]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    majority = majority_control(parts["validation"].task, parts["test"].task)
-    if majority is not None:
-        found["majority"] = {"accuracy": majority[1], "answer": majority[0]}
-    if "random_basis" in measured:
-        found["random_basis"] = dict(measured["random_basis"])
-    return found
+def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int) -> set[str]:
+    """The edits with the lowest predicted loss; without predictions, edits from all over the grid."""
+    if predictions:
+        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: p.total)[:count]}
+    keys = [key_of((edit,)) for _, edits in grid for edit in edits]
+    return {keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))}
+
+
+def _groups(route: Route, grid: Grid, wanted: set[str] | None = None) -> list[tuple[Matrix, list[Candidate]]]:
+    """Single edits by matrix, in the order in which the model runs them."""
+    groups = []
+    for matrix, edits in sorted(grid, key=lambda item: route.place(item[0])):
+        kept: list[Candidate] = [(edit,) for edit in edits if wanted is None or key_of((edit,)) in wanted]
+        if kept:
+            groups.append((matrix, kept))
+    return groups
+
+
+def _plain(edit: Edit) -> dict[str, Any]:
+    return edit.model_dump(mode="json")
 
 
 def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSettings) -> dict[str, Any]:
@@ -351,18 +422,23 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     )
     with evaluating(model), torch.inference_mode():
         encoded = prepare(model, tokenizer, validation, **settings.encoding)
-        meter = Meter(model, tokenizer, Ledger(None, {}), settings.normalize)
-        meter.measure(encoded, "validation", None, ())
-        smallest = min((matrix for matrix, _ in grid), key=lambda m: m.shape[0] * m.shape[1])
-        with meter.timing("svd"):
-            truncation.decompose(read(model, smallest))
-        walk = Walk(model, encoded)
+        began = time.perf_counter()
+        score(model, tokenizer, encoded, normalize=settings.normalize)
+        a_pass = time.perf_counter() - began
+        smallest, edits = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
+        weight = read(model, smallest)
+        began = time.perf_counter()
+        for edit in {decomposition_key(edit): edit for edit in edits}.values():
+            decomposition(weight, edit)
+        svd = time.perf_counter() - began
+        route = route_of(model)
 
     def svd_cost(matrix: Matrix) -> int:
         return matrix.shape[0] * matrix.shape[1] * matrix.rank
 
-    shares = [len(edits) * (1 - walk.place(matrix)[0] / max(1, len(walk.depths))) for matrix, edits in grid]
-    svd = meter.seconds["svd"] * sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
+    depth = max(1, len(route.stacks))
+    shares = [len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid]
+    svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
     item = next(model.parameters()).element_size()
     tokens = sum(block.size for block in encoded.blocks)
     config: Any = model.config
@@ -373,53 +449,15 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         "edits": sum(len(edits) for _, edits in grid),
         "validation_examples": encoded.count,
         "test_examples": len(test.examples),
-        "seconds": round(meter.seconds["forward"] * (sum(shares) + proving) + svd, 1),
+        "seconds": round(a_pass * (_passes(settings, shares) + proving) + svd, 1),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "prefix_cache_bytes": tokens * config.get_text_config().hidden_size * item,
     }
 
 
-def _flips(task: Task, old: Scores, new: Scores) -> tuple[Flip, ...]:
-    assert old.correct is not None
-    assert new.correct is not None
-    found = [
-        Flip(e.prompt, e.gold, old.prediction[i], new.prediction[i], bool(old.correct[i]), bool(new.correct[i]))
-        for i, e in enumerate(task.examples)
-        if old.correct[i] != new.correct[i]
-    ]
-    gained = [flip for flip in found if flip.correct_after]
-    lost = [flip for flip in found if flip.correct_before]
-    # Losses are shown first where both must be shortened: they are what a user has to know.
-    lost = lost[: FLIPPED_SHOWN // 2]
-    return (*gained[: FLIPPED_SHOWN - len(lost)], *lost)
-
-
-def _warnings(parts: dict[str, Encoded], scores: dict[str, Scores], gain: Gain | None, exact: bool) -> Iterator[str]:
-    if not exact:
-        yield (
-            "This model's blocks do not form a chain, so nothing before an edited block could be reused: "
-            "the search ran the whole model for every edit."
-        )
-    for part, encoded in parts.items():
-        if encoded.truncated:
-            yield (
-                f"{encoded.truncated} {part} examples were longer than the model's context; "
-                "their first tokens were dropped."
-            )
-    for name, who in (("baseline", "unedited model"), ("best", "edited model")):
-        constant = constant_answer(scores[name]) if name in scores else None
-        if constant is not None:
-            answer, share = constant
-            yield (
-                f"The {who} answers {answer!r} on {100 * share:.0f} % of the test examples: "
-                "its accuracy measures how often that label is right, and says nothing of the model. Compare losses."
-            )
-    if gain is not None and gain.value == 0 and gain.stderr == 0:
-        yield "The winner changes no right or wrong answer of the test examples; it was chosen by its loss."
-    elif gain is not None and gain.interval[0] <= 0:
-        low, high = gain.interval
-        verdict = "the test examples contradict it" if high < 0 else "the test examples do not confirm it"
-        yield (
-            "The winner was better on the examples that chose it, but "
-            f"{verdict}: 95 % interval of the gain in accuracy {low:+.3f} to {high:+.3f}."
-        )
+def _passes(settings: SearchSettings, shares: Sequence[float]) -> float:
+    """How often the examples that choose are run, at most."""
+    if settings.strategy != "guided":
+        return sum(shares)
+    edits = min(settings.shortlist, len(shares))
+    return 3 + sum(sorted(shares, reverse=True)[:edits]) / max(1, len(shares)) * edits

@@ -46,6 +46,8 @@ class Matrix:
     """Index into the first axis of a 3-D parameter."""
     rows: tuple[range, ...] | None = None
     """Output rows of the parameter that belong to this part; None for all of them."""
+    heads: int | None = None
+    """Attention heads of a query, key or value projection, whose rows are as many equal runs; None where unknown."""
     whole: bool = False
     """Other matrices in the model's list are parts of this one (a fused `qkv_proj`)."""
 
@@ -83,7 +85,7 @@ def find_matrices(model: nn.Module, inputs: dict[str, Any] | None = None) -> tup
     embeddings = _embedding_parameters(model)
     places = {name: (stack, layer) for name, stack, layer in blocks}
     parameters = dict(model.named_parameters())
-    uses = {name: (use.transposed, use.parts) for name, use in traced.items()}
+    uses = {name: (use.transposed, use.parts, use.heads) for name, use in traced.items()}
 
     # A weight that the probe did not reach (an expert that no token chose) is used as its siblings are.
     by_template = {(_template(name), parameters[name].shape): use for name, use in uses.items()}
@@ -92,11 +94,11 @@ def find_matrices(model: nn.Module, inputs: dict[str, Any] | None = None) -> tup
         use = uses.get(name) or by_template.get((_template(name), parameter.shape))
         if use is None or name in embeddings:
             continue
-        transposed, parts = use
+        transposed, parts, heads = use
         stack, layer = _place(name, places)
         if layer is None:
             parts = {"other": torch.cat(list(parts.values())).sort().values}
-        found.extend(_matrices_of(name, parameter, stack, layer, transposed, parts))
+        found.extend(_matrices_of(name, parameter, stack, layer, transposed, parts, heads))
     return tuple(found)
 
 
@@ -168,6 +170,7 @@ def _matrices_of(
     layer: int | None,
     transposed: bool,
     parts: dict[str, Tensor],
+    heads: dict[str, int],
 ) -> list[Matrix]:
     base = parameter_name.removesuffix(".weight")
     rows_columns = tuple(parameter.shape[-2:])
@@ -179,7 +182,7 @@ def _matrices_of(
         place: dict[str, Any] = {"stack": stack, "layer": layer, "transposed": transposed, "expert": expert}
         if len(parts) == 1 and len(next(iter(parts.values()))) == out:
             (kind,) = parts
-            found.append(Matrix(name, parameter_name, (out, into), type=kind, **place))
+            found.append(Matrix(name, parameter_name, (out, into), type=kind, heads=heads.get(kind), **place))
             continue
         if set(parts) == {"q_proj", "k_proj", "v_proj"}:
             found.append(Matrix(name, parameter_name, (out, into), type="qkv_proj", whole=True, **place))
@@ -189,7 +192,8 @@ def _matrices_of(
         everything = parts | ({"other": rest.nonzero().flatten()} if rest.any() else {})
         for kind, rows in everything.items():
             ranges = _as_ranges(rows.tolist())
-            found.append(Matrix(f"{name}:{kind}", parameter_name, (len(rows), into), type=kind, rows=ranges, **place))
+            place |= {"rows": ranges, "heads": heads.get(kind)}
+            found.append(Matrix(f"{name}:{kind}", parameter_name, (len(rows), into), type=kind, **place))
     return found
 
 
@@ -218,6 +222,20 @@ def partition(matrices: Iterable[Matrix]) -> tuple[Matrix, ...]:
         The same matrices without the wholes, in order.
     """
     return tuple(matrix for matrix in matrices if not matrix.whole)
+
+
+def overlap(one: Matrix, other: Matrix) -> bool:
+    """Tell whether two matrices hold a number in common.
+
+    Args:
+        one: From `find_matrices`.
+        other: Of the same model.
+
+    Returns:
+        Whether they are the same, or one is a fused whole and the other a part of it.
+    """
+    same = one.parameter == other.parameter and one.expert == other.expert
+    return same and (one.whole or other.whole or one.name == other.name)
 
 
 def expand_types(types: Iterable[str]) -> set[str]:

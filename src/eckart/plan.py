@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,26 +26,47 @@ class Edit(_Frozen):
     rho: float = Field(
         default=1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
     )
-    rank: int = Field(ge=0, description="components kept; for magnitude the full rank, for zero 0")
+    rank: int = Field(ge=0, description="components kept in each block; for magnitude the full rank, for zero 0")
     weighting: Literal["none"] = "none"
     basis: Literal["top", "bottom", "random"] = "top"
-    blocks: Literal[1] = 1
+    blocks: int = Field(default=1, ge=1, description="parts of the rows, each cut by itself")
+    clustering: Literal["contiguous", "heads", "subspaces"] = Field(
+        default="contiguous", description="which rows form a block"
+    )
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
     niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of basis 'random' and svd 'lowrank'")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of every random choice in it")
     stack: str = Field(default="", description="path of the list of blocks the matrix lies in")
+
+    @property
+    def full_rank(self) -> int:
+        """The rank that keeps everything: `min(rows, in)` of the largest of even blocks."""
+        return min(-(-self.shape[0] // self.blocks), self.shape[1])
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Edit:
-        largest = min(self.shape)
-        if largest < 1:
+        if min(self.shape) < 1:
             raise ValueError(f"{self.matrix}: shape {self.shape} is empty")
-        if (self.kind == "zero") != (self.rank == 0) or self.rank > largest:
-            raise ValueError(f"{self.matrix}: rank {self.rank} does not fit shape {self.shape} and kind '{self.kind}'")
+        if self.blocks > self.shape[0]:
+            raise ValueError(f"{self.matrix}: {self.blocks} blocks do not fit {self.shape[0]} rows")
+        if (self.kind == "zero") != (self.rank == 0) or self.rank > self.full_rank:
+            of = f"shape {self.shape}" if self.blocks == 1 else f"{self.blocks} blocks of shape {self.shape}"
+            raise ValueError(f"{self.matrix}: rank {self.rank} does not fit {of} and kind '{self.kind}'")
         if self.kind != "zero" and self.rho == 0:
             raise ValueError(f"{self.matrix}: rho 0 goes with kind 'zero' only")
         if self.svd == "lowrank" and self.basis != "top":
             raise ValueError(f"{self.matrix}: svd 'lowrank' has no basis but 'top'")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Edit:
+        plain = self.kind == "low_rank" and self.basis == "top" and self.svd == "exact"
+        if self.blocks > 1 and not plain:
+            raise ValueError(f"{self.matrix}: several blocks go with kind 'low_rank', basis 'top', svd 'exact' only")
+        if self.blocks == 1 and self.clustering != "contiguous":
+            raise ValueError(f"{self.matrix}: one block holds all rows, so its clustering is 'contiguous'")
+        if self.clustering == "heads" and self.shape[0] % self.blocks:
+            raise ValueError(f"{self.matrix}: {self.shape[0]} rows are not {self.blocks} equal heads")
         return self
 
 
@@ -126,16 +146,3 @@ def write_plan(path: Path, plan: Plan) -> None:
         OutputError: It cannot be written.
     """
     write_text(path, to_json(plan.model_dump(mode="json")))
-
-
-def kept_numbers(edit: Edit) -> int:
-    """Count the numbers that an edit's matrix needs once factored.
-
-    Args:
-        edit: Any edit.
-
-    Returns:
-        rank * (out + in) where that is fewer than out * in, else out * in.
-    """
-    out, into = edit.shape
-    return 0 if edit.kind == "zero" else min(edit.rank * (out + into), math.prod(edit.shape))

@@ -11,32 +11,65 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from eckart.encoding import Block
+from eckart.layout import Block, Pass
 
 
 class _Reached(Exception):
     """Raised to leave a forward pass once what was wanted of it is there."""
 
 
-class _PromptCache(DynamicCache):
-    """Keys and values of prompts; filling it ends with the last layer's, since nothing after them is used."""
+class _PassCache(DynamicCache):
+    """Keys and values of all passes over one batch.
+
+    Each pass keeps its own, and a layer joins them when it runs, so that what rows share is stored once. A pass
+    before the last ends with the last layer's keys and values, since nothing after them is used.
+    """
 
     def __init__(self, last_layer: int):
         super().__init__()
-        self.last_layer: int | None = last_layer
+        self.last_layer = last_layer
+        self._parts: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        # For each pass its tokens in a row, and the rows of it that the current pass continues; None for all in order.
+        self._widths: list[int] = []
+        self._rows: list[Tensor | None] = []
+        self._more = False
+
+    def begin(self, one: Pass, *, more: bool) -> None:
+        """Start a pass; `more` tells whether another one follows it."""
+        if one.continues is not None:
+            self._rows = [one.continues if rows is None else rows[one.continues] for rows in self._rows]
+        self._rows.append(None)
+        self._widths.append(one.inputs["input_ids"].shape[1])
+        self._more = more
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Store a layer's keys and values."""
-        everything = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == self.last_layer:
+        """Store a layer's keys and values, and give those that its queries may look at."""
+        parts = self._parts.setdefault(layer_idx, [])
+        parts.append((key_states, value_states))
+        if self._more and layer_idx == self.last_layer:
             raise _Reached
-        return everything
+        if len(parts) == 1:
+            return parts[0]
+        keys, values = zip(*parts)
+        return self._joined(keys), self._joined(values)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([p if rows is None else p[rows] for p, rows in zip(parts, self._rows, strict=True)], dim=-2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tell how many tokens stand before this pass, also in layers that were skipped."""
+        return sum(self._widths[:-1])
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Tell how many keys there are, and where they begin."""
+        return self.get_seq_length() + query_length, 0
 
 
 Phase = Callable[[], Any]
@@ -59,54 +92,71 @@ def run_block(model: nn.Module, block: Block) -> Any:
 
 
 def _phases(model: Any, block: Block) -> list[Phase]:
-    """The forward passes of a block: prompts, then answers, which share one key-value cache; or just one pass."""
-    if block.prompt is None:
+    """The forward passes of a block, which share one key-value cache where there are several."""
+    if len(block.passes) == 1:
         return [lambda: model(**block.inputs)]
-    cache = _PromptCache(model.config.get_text_config().num_hidden_layers - 1)
+    cache = _PassCache(model.config.get_text_config().num_hidden_layers - 1)
 
-    def read_prompts() -> None:
+    def read(one: Pass, *, more: bool) -> Any:
+        cache.begin(one, more=more)
         try:
-            model(input_ids=block.prompt, past_key_values=cache, use_cache=True)
+            return model(**one.inputs, past_key_values=cache, use_cache=True)
         except _Reached as reached:
             if reached.args:  # not the cache's: a block that was wanted
                 raise
-        finally:
-            cache.last_layer = None
 
-    return [read_prompts, lambda: model(**block.inputs, past_key_values=cache, use_cache=True)]
+    return [partial(read, one, more=one is not block.passes[-1]) for one in block.passes]
 
 
 class PrefixCache:
     """What enters the current module, for every batch and pass; moves forward one module at a time.
 
     Holds one output of a block per list of blocks, and of at most the modules of one block: tokens x width
-    numbers each, whatever the depth.
+    numbers each, whatever the depth. What does not fit `cache_bytes` is computed again in every pass.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[tuple[str, str]], batches: Sequence[Block]):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[tuple[str, str]],
+        batches: Sequence[Block],
+        *,
+        cache_bytes: int | None = None,
+    ):
         """Start before the first block.
 
         Args:
             model: In evaluation mode; must hold its unedited weights whenever `advance` or `enter` is called.
             blocks: (path, path of its list) in the order of execution.
             batches: What the model reads.
+            cache_bytes: Most bytes to keep, `>= 0`; None for no bound. Batches beyond it are run from their first
+                layer on, to the same numbers.
         """
         self.model = model
         self.batches = batches
         self.blocks = [(model.get_submodule(path), stack) for path, stack in blocks]
         self.depth = 0
         """Number of blocks that are skipped."""
+        self.cache_bytes = cache_bytes
+        self.bytes = 0
+        """Bytes kept now."""
+        self.peak_bytes = 0
+        """Most bytes kept so far; never above `cache_bytes`."""
         self._inside: list[nn.Module] = []
-        # One dict for each pass of each batch: list of blocks, or module inside the current one -> its output.
-        self._kept: list[list[dict[Any, Any]]] = [[{} for _ in _phases(model, batch)] for batch in batches]
+        # For each batch: list of blocks, or module inside the current one -> its output in each pass.
+        self._kept: list[dict[Any, list[Any]]] = [{} for _ in batches]
+        # Lists of blocks that did not fit are not tried again.
+        self._refused: set[tuple[int, Any]] = set()
 
     def advance(self) -> None:
         """Skip one block more: run it once on every batch and keep what it returns."""
         module, stack = self.blocks[self.depth]
-        self._keep(module, stack)
-        for kept in self._every_pass():
-            for inner in self._inside:
-                kept.pop(inner, None)
+        for index in range(len(self.batches)):
+            found = None if (index, stack) in self._refused else self._outputs(module, index)
+            for inner in (*self._inside, stack):
+                self._drop(index, inner)
+            if found is not None and not self._keep(index, stack, found):
+                self._refused.add((index, stack))
         self._inside = []
         self.depth += 1
 
@@ -122,7 +172,10 @@ class PrefixCache:
         module = self.model.get_submodule(path)
         if module in self._inside:
             return False
-        self._keep(module, module)
+        _, stack = self.blocks[self.depth]
+        for index in range(len(self.batches)):
+            if (index, stack) not in self._refused:
+                self._keep(index, module, self._outputs(module, index))
         self._inside.append(module)
         return True
 
@@ -136,39 +189,53 @@ class PrefixCache:
             The model's own output.
         """
         output = None
-        for kept, phase in zip(self._kept[index], _phases(self.model, self.batches[index])):
-            with self._skipping(kept):
+        for number, phase in enumerate(_phases(self.model, self.batches[index])):
+            with self._skipping(index, number):
                 output = phase()
         return output
 
-    def _keep(self, module: nn.Module, key: Any) -> None:
+    def _outputs(self, module: nn.Module, index: int) -> list[Any]:
+        """What a module returns in each pass over a batch; None where a pass ends inside it and nothing needs it."""
+
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             raise _Reached(output)
 
-        for index, batch in enumerate(self.batches):
-            for kept, phase in zip(self._kept[index], _phases(self.model, batch)):
-                handle = module.register_forward_hook(stop, prepend=True)
-                found = None
-                try:
-                    with self._skipping(kept):
-                        phase()
-                except _Reached as reached:
-                    (found,) = reached.args
-                finally:
-                    handle.remove()
-                # The pass over prompts ends inside the last block, whose output nothing needs.
-                kept[key] = found
+        outputs = []
+        for number, phase in enumerate(_phases(self.model, self.batches[index])):
+            handle = module.register_forward_hook(stop, prepend=True)
+            found = None
+            try:
+                with self._skipping(index, number):
+                    phase()
+            except _Reached as reached:
+                (found,) = reached.args
+            finally:
+                handle.remove()
+            outputs.append(found)
+        return outputs
 
-    def _every_pass(self) -> Iterator[dict[Any, Any]]:
-        return (kept for passes in self._kept for kept in passes)
+    def _keep(self, index: int, key: Any, outputs: list[Any]) -> bool:
+        """Keep what fits, and tell whether it did."""
+        size = _storage_bytes(outputs)
+        if self.cache_bytes is not None and self.bytes + size > self.cache_bytes:
+            return False
+        self._kept[index][key] = outputs
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return True
+
+    def _drop(self, index: int, key: Any) -> None:
+        self.bytes -= _storage_bytes(self._kept[index].pop(key, []))
 
     @contextmanager
-    def _skipping(self, kept: dict[Any, Any]) -> Iterator[None]:
-        """Replace the skipped modules' forward methods for one pass."""
-        skipped: list[tuple[nn.Module, Any]] = [*self.blocks[: self.depth], *((m, m) for m in self._inside)]
+    def _skipping(self, index: int, number: int) -> Iterator[None]:
+        """Replace the skipped modules' forward methods for one pass over a batch."""
+        kept = self._kept[index]
+        modules = [*self.blocks[: self.depth], *((module, module) for module in self._inside)]
+        skipped = [(module, kept[key][number]) for module, key in modules if key in kept]
         before = [module.__dict__.get("forward") for module, _ in skipped]
-        for module, key in skipped:
-            module.forward = _returning(kept, key)
+        for module, output in skipped:
+            module.forward = _returning(output)
         try:
             yield
         finally:
@@ -179,14 +246,30 @@ class PrefixCache:
                     module.forward = forward
 
 
-def _returning(kept: dict[Any, Any], key: Any) -> Callable[..., Any]:
+def _returning(output: Any) -> Callable[..., Any]:
     def forward(*_args: Any, **_kwargs: Any) -> Any:
-        if kept[key] is None:
+        if output is None:
             raise _Reached
         # A model may write into its hidden states, so each pass gets a copy.
-        return _copy(kept[key])
+        return _copy(output)
 
     return forward
+
+
+def _storage_bytes(value: Any) -> int:
+    """Bytes of memory behind the tensors of nested lists and tuples; shared memory counts once."""
+    storages: dict[int, int] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, (tuple, list)):
+            for inner in item:
+                visit(inner)
+
+    visit(value)
+    return sum(storages.values())
 
 
 def _copy(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -44,15 +44,35 @@ class SearchSettings(Settings):
     """What a search can be told."""
 
     strategy: Literal["exhaustive", "race", "guided"] = Field(
-        default="exhaustive",
+        default="race",
         description="measure every edit, stop those that cannot win, or measure only the best predicted ones",
     )
-    shortlist: int = Field(default=16, ge=1, description="edits that 'guided' measures")
+    select: Literal["accuracy", "loss"] = Field(default="accuracy", description="what the best edit is best at")
+    shortlist: int = Field(
+        default=16, ge=1, description="edits that 'guided' measures, 'race' measures first and 'compose' combines"
+    )
+    confidence: float | None = Field(
+        default=None, gt=0.5, lt=1, description="let 'race' and 'guided' stop edits by a sequential test, too"
+    )
+    compose: int = Field(default=1, ge=1, le=64, description="most edits that are made together")
+    beam: int = Field(default=1, ge=1, description="sets of edits that 'compose' pursues; 1 is greedy")
+    cache_bytes: int | None = Field(
+        default=None, ge=0, description="most that the prefix cache of a worker holds; more is computed again"
+    )
+    guard: Literal["fisher", "none"] = Field(
+        default="fisher", description="second order of the prediction: a Fisher term, or none"
+    )
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     layers: tuple[int, ...] | None = Field(
         default=None, min_length=1, description="block indices; negative from the last"
     )
     rho: tuple[float, ...] = Field(default=RHO, min_length=1, description="kept fractions of the largest rank")
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1,), min_length=1, description="numbers of blocks of rows, each cut by itself"
+    )
+    clustering: Literal["contiguous", "heads", "subspaces"] = Field(
+        default="contiguous", description="which rows form a block; 'heads' makes one of every attention head"
+    )
     kind: Literal["low_rank", "zero", "magnitude"] = Field(default="low_rank", description="what replaces a matrix")
     basis: Literal["top", "bottom", "random"] = Field(default="top", description="singular components that stay")
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
@@ -60,16 +80,38 @@ class SearchSettings(Settings):
     split: float = Field(default=0.2, gt=0, lt=1, description="share of the examples that choose")
     shuffle: bool = Field(default=True, description="shuffle the examples before dividing them")
     examples: int | None = Field(default=None, ge=1, description="at most this many examples choose")
+    controls: bool = Field(
+        default=False, description="also measure few-shot prompts, LoRA and int8 on the test examples"
+    )
+    shots: int = Field(default=5, ge=1, description="most worked examples in a prompt of the few-shot control")
 
     @property
     def choosing(self) -> int | None:
         """At most this many examples choose; None for the share `split` alone."""
         return self.examples or (GUIDED_EXAMPLES if self.strategy == "guided" else None)
 
+    @property
+    def predictable(self) -> bool:
+        """Whether a gradient predicts the edits: exact cuts to the top components, and zero."""
+        return self.kind != "magnitude" and self.basis == "top" and self.svd == "exact"
+
     @model_validator(mode="after")
     def _guided_can_predict(self) -> SearchSettings:
-        if self.strategy == "guided" and (self.kind == "magnitude" or self.basis != "top" or self.svd != "exact"):
+        if self.strategy == "guided" and not self.predictable:
             raise ValueError("strategy 'guided' predicts exact cuts to the top components, and zero")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_can_be_cut(self) -> SearchSettings:
+        several = self.clustering == "heads" or max(self.blocks) > 1
+        if several and (self.kind != "low_rank" or self.basis != "top" or self.svd != "exact"):
+            raise ValueError(
+                "blocks of rows are cut exactly to their top components; another kind takes whole matrices"
+            )
+        if self.clustering == "heads" and self.blocks != (1,):
+            raise ValueError("clustering 'heads' makes one block of every attention head; leave 'blocks' out")
+        if self.clustering == "subspaces" and not several:
+            raise ValueError("clustering 'subspaces' needs 'blocks' above 1")
         return self
 
     @field_validator("types")

@@ -120,6 +120,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "measurement": _measurement,
+        "gain": _gain_and_span,
         "count": _count,
         "duration": _duration,
         "said": _said,
@@ -134,7 +135,7 @@ def _template() -> Template:
 def _search_page(results: Json) -> Json:
     """What the report of a search shows."""
     best, baseline = results["best"], results["baseline"]
-    edit = best["edit"]
+    edit = best["edits"][0] if best["edits"] else None
     trials = [trial for trial in results["grid"] if trial.get("validation")]
     plots = _plots(trials, baseline["validation"], edit, results.get("spectrum"))
     return _frame(results) | {
@@ -150,6 +151,7 @@ def _search_page(results: Json) -> Json:
         "cut": (results.get("spectrum") or {}).get("matrix"),
         "ranking": _ranking(trials, baseline["validation"], edit),
         "controls": _controls(results),
+        "alternatives": _alternatives(results),
         "flipped": _flipped(results.get("flipped") or [], results.get("flip_counts") or {}),
     }
 
@@ -212,7 +214,7 @@ def _frame(results: Json) -> Json:
 def _verdict(results: Json) -> str:
     """The outcome in one sentence, with its uncertainty."""
     best, before = results["best"], results["baseline"]["test"]
-    edit = best["edit"]
+    edit = best["edits"][0] if best["edits"] else None
     metric = "accuracy" if "accuracy" in before else "loss"
     if edit is None:
         return (
@@ -247,7 +249,7 @@ def _cutting(edit: Json) -> str:
     if kind == "zero":
         return f"Zeroing {where}"
     if kind == "low_rank":
-        action = f"Cutting {where} to rank {_count(edit['rank'])} of {_count(min(edit['shape']))} (rho {rho}"
+        action = f"Cutting {where} to rank {_rank(edit)} (rho {rho}"
     else:
         action = f"Editing {where} (kind {kind}, rho {rho}"
     extras = [f"{key} {value}" for key, value in _unusual(edit)]
@@ -265,13 +267,19 @@ def _where(edit: Json) -> str:
 
 def _unusual(edit: Json) -> list[tuple[str, str]]:
     """The settings of an edit that differ from LASER's."""
-    usual = {"weighting": "none", "basis": "top", "blocks": 1}
+    usual = {"weighting": "none", "basis": "top", "blocks": 1, "clustering": "contiguous"}
     return [(key, str(edit[key])) for key, default in usual.items() if edit.get(key, default) != default]
 
 
 def _rank(edit: Json) -> str:
     rank = edit.get("rank")
-    return DASH if rank is None else f"{_count(rank)} of {_count(min(edit['shape']))}"
+    return DASH if rank is None else f"{_count(rank)} of {_count(_full_rank(edit))}"
+
+
+def _full_rank(edit: Json) -> int:
+    """The largest rank of a block of rows."""
+    out, into = edit["shape"]
+    return min(-(-out // (edit.get("blocks") or 1)), into)
 
 
 def _effort(trials: Json | None) -> str:
@@ -290,7 +298,7 @@ def _comparison(best: Json, baseline: Json) -> list[tuple[str, list[Json]]]:
     """Rows of the before/after table; a change has an error only where it was measured in pairs."""
     tables = []
     for split in ("test", "validation"):
-        after = (best.get(split) or {}) if best["edit"] else {}
+        after = (best.get(split) or {}) if best["edits"] else {}
         gains = {"accuracy": best.get("test_gain"), "loss": best.get("test_loss_gain")}
         rows = []
         for name, before in _in_order(baseline[split]):
@@ -350,7 +358,62 @@ def _controls(results: Json) -> list[Json]:
         return []
     before = {"name": "Unedited", "meaning": "the model as it came"} | results["baseline"]["test"]
     after = {"name": "Edited", "meaning": "the winning plan"} | (results["best"].get("test") or {})
-    return [before, *rows, *([after] if results["best"]["edit"] else [])]
+    return [before, *rows, *([after] if results["best"]["edits"] else [])]
+
+
+def _alternatives(results: Json) -> Json | None:
+    """The winner beside what else could be done with the model; None where nothing else was measured."""
+    controls, best, before = results.get("controls") or {}, results["best"], results["baseline"]["test"]
+    others = [
+        {"name": name, "meaning": meaning(controls[key]), "measured": controls[key], "winner": False}
+        for key, (name, meaning) in ALTERNATIVES.items()
+        if controls.get(key)
+    ]
+    if not others:
+        return None
+    rows = [{"name": "Unedited", "meaning": "the model as it came", "measured": before, "winner": False}]
+    if best["edit"]:
+        gains = {"gain": best.get("test_gain"), "loss_gain": best.get("test_loss_gain")}
+        measured = best["test"] | gains
+        rows.append({"name": "Edited", "meaning": _cutting(best["edit"]), "measured": measured, "winner": True})
+    metrics = [name for name in ("accuracy", "loss") if name in before]
+    gain_names = {"accuracy": "gain", "loss": "loss_gain"}
+    return {
+        "metrics": metrics,
+        "rows": [
+            row
+            | {
+                "cells": [(row["measured"].get(name), row["measured"].get(gain_names[name])) for name in metrics],
+                "count": row["measured"][metrics[0]]["count"],
+            }
+            for row in (*rows, *others)
+        ],
+    }
+
+
+def _few_shot_meaning(facts: Json) -> str:
+    shorter = f"; {_count(facts['shortened'])} prompts had room for fewer" if facts["shortened"] else ""
+    return f"{_count(facts['shots'])} validation examples in front of every prompt{shorter}"
+
+
+def _lora_meaning(facts: Json) -> str:
+    training = f"{_count(facts['trainable'])} parameters trained on {_count(facts['examples'])} validation examples"
+    kept = f"epoch {_count(facts['epochs'])}" if facts["epochs"] else "no training"
+    return f"{training}; {_count(facts['held_out'])} more chose {kept}"
+
+
+def _int8_meaning(facts: Json) -> str:
+    return (
+        f"the winner's matrix rounded to int8, not cut: {_count(facts['bytes'])} bytes "
+        f"for {_count(facts['dense_bytes'])}"
+    )
+
+
+ALTERNATIVES = {
+    "few_shot": ("Few-shot", _few_shot_meaning),
+    "lora": ("LoRA", _lora_meaning),
+    "int8": ("int8", _int8_meaning),
+}
 
 
 def _flipped(examples: list[Json], totals: Json) -> list[Json]:
@@ -588,6 +651,11 @@ def _measurement(measured: Json | None) -> str:
 def _gain(gain: Json) -> str:
     """A measured difference with its sign and standard error."""
     return f"{_signed(gain['value'], _decimals(gain))} ±{HARD_SPACE}{_error(gain)}"
+
+
+def _gain_and_span(gain: Json) -> str:
+    """A gain with its 95 % interval, as in "+0.281 (0.22 to 0.34)"."""
+    return f"{_signed(gain['value'], _decimals(gain))} ({_span(*_interval(gain))})"
 
 
 def _signed(value: float, decimals: int) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save
+from eckart.driver import Progress
 from eckart.errors import OutputError
-from eckart.laser import Progress, SearchResult, forecast, search
+from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
 from eckart.plan import read_plan, write_plan
@@ -66,6 +67,8 @@ def run_search(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    workers: int = 1,
+    ray: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
     """Search, and write `plan.json`, `results.json`, `trials.sqlite`, `recipe.yaml` and `report.html`.
@@ -77,6 +80,8 @@ def run_search(
         settings: The search's settings.
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
+        workers: As for `eckart.search`.
+        ray: As for `eckart.search`.
         progress: As for `eckart.search`.
 
     Returns:
@@ -95,7 +100,17 @@ def run_search(
 
     try:
         model, tokenizer = load(source, device=device, dtype=dtype)
-        found = search(model, tokenizer, task, settings, source=source, ledger=ledger, progress=progress)
+        found = search(
+            model,
+            tokenizer,
+            task,
+            settings,
+            source=source,
+            ledger=ledger,
+            progress=progress,
+            workers=workers,
+            ray=ray,
+        )
         keep = True
     finally:
         keep = keep or any(not book.empty for book in books)

@@ -14,16 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart.encoding import (
-    BATCH_TOKENS,
-    Block,
-    Encoded,
-    context_length,
-    encode,
-    model_kind,
-    prompt_tokens,
-    share_prompts,
-)
+from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, prompt_tokens, worthwhile
+from eckart.layout import Block, lay_out
 from eckart.matrices import output_embeddings
 from eckart.prefix import run_block
 from eckart.results import Measurement, mean, perplexity
@@ -33,6 +25,8 @@ Normalize = Literal["none", "tokens"]
 LOSS_UNIT = "nats/token"
 # Beyond this share of equal answers, accuracy measures the label balance and not the model.
 CONSTANT = 0.95
+# Examples of a block on which a layout is compared with the plain one.
+CHECKED = 8
 
 
 @dataclass(frozen=True)
@@ -124,54 +118,77 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     start = getattr(model.config, "decoder_start_token_id", None) or 0
     plain = encode(task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding)
     plain = _on_device(model, plain)
-    if kind != "causal" or task.kind == "text":
-        return plain
-    shared = share_prompts(plain, encoding.get("batch_tokens", BATCH_TOKENS))
-    if shared is None:
-        return plain
-    shared = _on_device(model, shared)
-    return shared if _same_likelihoods(model, shared, plain) else plain
+    for layout in worthwhile(plain):
+        shared = _on_device(model, arrange(plain, layout=layout))
+        if _same_likelihoods(model, shared, plain):
+            return shared
+    return plain
+
+
+def stratify(model: nn.Module, encoded: Encoded, strata: Sequence[int]) -> Encoded:
+    """Put some examples before others, in the layout that was found exact for the model.
+
+    Args:
+        model: The model that `encoded` was prepared for. Not modified.
+        encoded: From `prepare`. Not modified.
+        strata: A number for each example (window, for perplexity tasks): those of smaller numbers come first, and
+            no block mixes two of them.
+
+    Returns:
+        The task in other blocks, on the model's device.
+
+    Raises:
+        ValueError: There are more or fewer strata than examples.
+    """
+    return _on_device(model, arrange(encoded, strata=strata))
 
 
 def _on_device(model: nn.Module, encoded: Encoded) -> Encoded:
-    """Move blocks to the model, and masks from true and false to what attention adds to its scores."""
+    return replace(encoded, blocks=tuple(_moved(model, block) for block in encoded.blocks))
+
+
+def _moved(model: nn.Module, block: Block) -> Block:
+    """Move a block to the model, and masks from true and false to what attention adds to its scores."""
     parameter = next(model.parameters())
-    blocks = []
-    for block in encoded.blocks:
-        moved = block.to(parameter.device)
-        mask = moved.inputs.get("attention_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            hidden = torch.zeros(mask.shape, dtype=parameter.dtype, device=mask.device)
-            moved.inputs["attention_mask"] = hidden.masked_fill_(~mask, torch.finfo(parameter.dtype).min)
-        blocks.append(moved)
-    return replace(encoded, blocks=tuple(blocks))
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(parameter.device)
+        if tensor.dtype != torch.bool:
+            return tensor
+        hidden = torch.zeros(tensor.shape, dtype=parameter.dtype, device=tensor.device)
+        return hidden.masked_fill_(~tensor, torch.finfo(parameter.dtype).min)
+
+    return block.mapped(move)
 
 
 def _same_likelihoods(model: nn.Module, shared: Encoded, plain: Encoded) -> bool:
-    """Check on the longest examples whether a model scores answers behind a shared prompt as by themselves.
+    """Check some examples of the first block and of that of the longest: does a layout give the plain one's scores?
 
     Models with sliding windows shorter than the prompt, ALiBi or other masks of their own do not.
     """
-    wanted = set(shared.blocks[0].examples)
+    longest = max(range(plain.count), key=lambda index: max(len(s.row.ids) for s in plain.sequences[index]))
+    blocks = [shared.blocks[0], *(block for block in shared.blocks[1:] if longest in block.examples)]
+    some = {index for block in blocks for index in block.examples[:: -(-len(block.examples) // CHECKED)]}
+    checked = sorted({longest, *some})
+    items = [plain.sequences[index] for index in checked]
+    alone = lay_out(items, "plain", kind=plain.model_kind, pad=plain.pad, batch_tokens=plain.batch_tokens)
     try:
-        found = _likelihoods(model, shared, [0])
+        found = _likelihoods(model, blocks)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # the model takes no cache, position ids or mask of this kind
-    blocks = [index for index, block in enumerate(plain.blocks) if wanted & set(block.examples)]
-    expected = _likelihoods(model, plain, blocks)
+    expected = _likelihoods(model, [_moved(model, block) for block in alone])
     tolerance = 1e-5 if torch.finfo(next(model.parameters()).dtype).bits >= 32 else 2e-2
     return all(
-        abs(found[index][number] - expected[index][number]) <= tolerance * (10 + len(sequence.targets))
-        for index in wanted
-        for number, sequence in enumerate(plain.sequences[index])
+        abs(found[index][answer] - expected[number][answer]) <= tolerance * (10 + len(sequence.targets))
+        for number, index in enumerate(checked)
+        for answer, sequence in enumerate(items[number])
     )
 
 
-def _likelihoods(model: nn.Module, encoded: Encoded, blocks: Sequence[int]) -> dict[int, NDArray[Any]]:
+def _likelihoods(model: nn.Module, blocks: Sequence[Block]) -> dict[int, NDArray[Any]]:
     """Summed log-likelihoods of every answer, by example."""
     found = {}
-    for number in blocks:
-        block = encoded.blocks[number]
+    for block in blocks:
         with torch.inference_mode(), only_positions(model, block.rows, block.columns) as logits_of:
             likelihood, _, _ = _read(logits_of(run_block(model, block)), block)
         found.update(zip(block.examples, np.split(likelihood, np.cumsum(block.choices)[:-1])))

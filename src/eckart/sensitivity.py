@@ -1,8 +1,9 @@
 """Predict what every edit of a grid will do to the loss, from one backward pass.
 
 Removing singular component i of W changes the loss by about -sigma_i * u_i' (dL/dW) v_i, and removals add up, so
-one gradient of a matrix predicts all its ranks. The second order is a Fisher term: half the mean square of the
-predicted change of single examples.
+one gradient of a matrix predicts all its ranks. Where blocks of rows are cut, the same holds of the components of
+every block, and blocks add up too: all of it is <dL/dW, W' - W>. The second order is a Fisher term: half the mean
+square of the predicted change of single examples.
 
 Source: the idea, one gradient of each matrix's singular values on about 100 examples, is that of "Compress to
 Impress" (arXiv 2510.20800), whose text and code we could not read: the sums over components, the standard error
@@ -12,15 +13,16 @@ over blocks of examples and the Fisher term are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart import truncation
+from eckart.clustering import Cluster
 from eckart.dataflow import only_gradients_of
 from eckart.encoding import Block, Encoded
 from eckart.matrices import Matrix, part_of, read
@@ -28,7 +30,9 @@ from eckart.plan import Edit
 from eckart.prefix import run_block
 from eckart.results import Measurement
 from eckart.scoring import LOSS_UNIT, only_positions
-from eckart.truncation import Spectrum
+from eckart.surgery import decomposition, decomposition_key
+
+SPECTRA_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Prediction:
     change: Measurement
     """First order, with its standard error over blocks of examples."""
     guard: float
-    """Second order, never negative, in the same unit."""
+    """Second order, never negative, in the same unit; 0 where it was not asked for."""
 
     @property
     def total(self) -> float:
@@ -47,40 +51,84 @@ class Prediction:
         return self.change.value + self.guard
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """One matrix with those of its edits that share a decomposition."""
+
+    matrix: Matrix
+    edits: tuple[Edit, ...]
+
+    def bytes_of_spectra(self, itemsize: int) -> int:
+        """At most so many are held for its decomposition, however its rows are clustered."""
+        (out, into), blocks = self.matrix.shape, self.edits[0].blocks
+        return itemsize * (out * (into + 1) + min(out * out, blocks * into * into))
+
+
 def predict(
-    model: nn.Module, encoded: Encoded, grid: Sequence[tuple[Matrix, Sequence[Edit]]]
+    model: nn.Module,
+    encoded: Encoded,
+    grid: Sequence[tuple[Matrix, Sequence[Edit]]],
+    *,
+    guard: Literal["fisher", "none"] = "fisher",
+    spectra_bytes: int = SPECTRA_BYTES,
 ) -> tuple[Prediction, ...]:
     """Predict the change of the loss for every edit of a grid.
 
-    Costs one forward and one backward pass over the examples and one decomposition of every matrix, whose factors
-    are all held at once; gradients are held one matrix at a time.
+    Costs one decomposition of every matrix for each way of dividing its rows, and one forward and one backward pass
+    over the examples for each group of matrices whose decompositions fit `spectra_bytes`; gradients are held one
+    matrix at a time.
 
     Args:
         model: In evaluation mode. Not modified; its `requires_grad` flags are as before afterwards.
         encoded: The examples, in several blocks; a standard error needs two.
         grid: Each matrix with its edits: low rank, basis top, or zero.
+        guard: Second order: `fisher`, or `none` to trust the first alone.
+        spectra_bytes: Most bytes of decompositions held at once; one matrix by itself may take more.
 
     Returns:
         One prediction an edit, in the order of the grid.
     """
-    matrices = [matrix for matrix, _ in grid]
-    with torch.inference_mode(False), torch.no_grad():
-        spectra = [truncation.decompose(read(model, matrix)) for matrix in matrices]
-    slopes: list[list[NDArray[np.float64]]] = [[] for _ in matrices]
-    for block in encoded.blocks:
-        for number, slope in enumerate(_slopes(model, encoded, _own(block), matrices, spectra)):
-            slopes[number].append(slope)
+    found: dict[Edit, Prediction] = {}
     sizes = np.array([len(block.examples) for block in encoded.blocks], dtype=np.float64)
     tokens = float(np.mean(encoded.tokens))
-    found = []
-    for (_, edits), spectrum, by_block in zip(grid, spectra, slopes):
-        # Row b: the summed change of block b's losses if the components from i on are removed, for every i.
-        sums = -np.array(by_block) * spectrum.S.double().cpu().numpy()
-        tails = np.concatenate([np.cumsum(sums[:, ::-1], axis=1)[:, ::-1], np.zeros((len(sums), 1))], axis=1)
+    for pieces in _groups(model, grid, spectra_bytes):
+        with torch.inference_mode(False), torch.no_grad():
+            clusters = [decomposition(read(model, piece.matrix), piece.edits[0]) for piece in pieces]
+        by_block: list[list[NDArray[np.float64]]] = [[] for _ in pieces]
+        for block in encoded.blocks:
+            for number, share in enumerate(_shares(model, encoded, _own(block), pieces, clusters)):
+                by_block[number].append(share)
+        for piece, parts, shares in zip(pieces, clusters, by_block):
+            # Row b: what every component of every cluster adds to block b's losses, to the first order.
+            table = np.array(shares)
+            places = np.concatenate([np.arange(len(cluster.spectrum.S)) for cluster in parts])
+            for edit in piece.edits:
+                change, square = _mean_and_square(-table[:, places >= edit.rank].sum(1), sizes)
+                found[edit] = Prediction(edit, change, 0.5 * tokens * square if guard == "fisher" else 0.0)
+    return tuple(found[edit] for _, edits in grid for edit in edits)
+
+
+def _groups(
+    model: nn.Module, grid: Sequence[tuple[Matrix, Sequence[Edit]]], spectra_bytes: int
+) -> Iterator[list[_Piece]]:
+    """Divide a grid into runs whose decompositions fit into memory together."""
+    group: list[_Piece] = []
+    held = 0
+    for matrix, edits in grid:
+        dtype = torch.promote_types(model.get_parameter(matrix.parameter).dtype, torch.float32)
+        shared: dict[tuple[int, ...], list[Edit]] = {}
         for edit in edits:
-            change, square = _mean_and_square(tails[:, edit.rank], sizes)
-            found.append(Prediction(edit, change, 0.5 * tokens * square))
-    return tuple(found)
+            shared.setdefault(decomposition_key(edit), []).append(edit)
+        for alike in shared.values():
+            piece = _Piece(matrix, tuple(alike))
+            size = piece.bytes_of_spectra(dtype.itemsize)
+            if group and held + size > spectra_bytes:
+                yield group
+                group, held = [], 0
+            group.append(piece)
+            held += size
+    if group:
+        yield group
 
 
 def _mean_and_square(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[Measurement, float]:
@@ -96,23 +144,26 @@ def _mean_and_square(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> t
     return Measurement(average, stderr, count, LOSS_UNIT), average**2 + variance
 
 
-def _slopes(
-    model: nn.Module, encoded: Encoded, block: Block, matrices: Sequence[Matrix], spectra: Sequence[Spectrum]
+def _shares(
+    model: nn.Module,
+    encoded: Encoded,
+    block: Block,
+    pieces: Sequence[_Piece],
+    clusters: Sequence[Sequence[Cluster]],
 ) -> list[NDArray[np.float64]]:
-    """For every matrix, the derivative of the block's summed loss by each singular value."""
-    found: list[NDArray[np.float64]] = [np.zeros(spectrum.S.numel()) for spectrum in spectra]
+    """For every piece, sigma_i * u_i' (dL/dW) v_i of all components of its clusters, L the block's summed loss."""
+    found = [np.zeros(sum(len(cluster.spectrum.S) for cluster in parts)) for parts in clusters]
     by_parameter: dict[str, list[int]] = {}
-    for number, matrix in enumerate(matrices):
-        by_parameter.setdefault(matrix.parameter, []).append(number)
+    for number, piece in enumerate(pieces):
+        by_parameter.setdefault(piece.matrix.parameter, []).append(number)
 
     def take(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
             for number in by_parameter[name]:
-                spectrum = spectra[number]
-                part = part_of(gradient, matrices[number]).to(spectrum.U.dtype)
-                found[number] = ((spectrum.U.mT @ part) * spectrum.Vh).sum(1).double().cpu().numpy()
+                part = part_of(gradient, pieces[number].matrix)
+                found[number] = np.concatenate([_share(part, cluster) for cluster in clusters[number]])
             parameter.grad = None
 
         return hook
@@ -125,6 +176,13 @@ def _slopes(
             for handle in handles:
                 handle.remove()
     return found
+
+
+def _share(gradient: Tensor, cluster: Cluster) -> NDArray[np.float64]:
+    spectrum = cluster.spectrum
+    rows = gradient[cluster.rows.to(gradient.device)].to(spectrum.U.dtype)
+    slopes = ((spectrum.U.mT @ rows) * spectrum.Vh).sum(1)
+    return (slopes.double() * spectrum.S.double()).cpu().numpy()
 
 
 def _summed_loss(model: nn.Module, encoded: Encoded, block: Block) -> Tensor:
@@ -145,7 +203,4 @@ def _summed_loss(model: nn.Module, encoded: Encoded, block: Block) -> Tensor:
 def _own(block: Block) -> Block:
     """Copy a block's tensors, since those made in inference mode cannot take part in a backward pass."""
     with torch.inference_mode(False):
-        copied = {name: getattr(block, name).clone() for name in ("rows", "columns", "position", "target", "sequence")}
-        inputs = {name: tensor.clone() for name, tensor in block.inputs.items()}
-        prompt = None if block.prompt is None else block.prompt.clone()
-        return replace(block, prompt=prompt, inputs=inputs, **copied)
+        return block.mapped(torch.clone)

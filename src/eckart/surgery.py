@@ -5,15 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from eckart import truncation
-from eckart.errors import ModelError, PlanError
+from eckart.clustering import (
+    Cluster,
+    contiguous,
+    decompose_clusters,
+    even_sizes,
+    factored_numbers,
+    subspaces,
+    truncate_clusters,
+)
+from eckart.errors import MatrixError, ModelError, PlanError
 from eckart.matrices import Matrix, by_name, find_matrices, read, write
 from eckart.plan import Edit, Plan
-from eckart.truncation import Basis, Spectrum
+from eckart.truncation import Basis
 
 
 def make_edit(
@@ -25,27 +35,38 @@ def make_edit(
     svd: str = "exact",
     niter: int = 2,
     seed: int = 0,
+    blocks: int = 1,
+    clustering: str = "contiguous",
 ) -> Edit:
     """Describe what should replace a matrix.
 
     Args:
         matrix: Which one.
-        rho: Kept fraction of the largest rank, `0 < rho <= 1`; ignored where kind is `zero`.
+        rho: Kept fraction of the largest rank of a block, `0 < rho <= 1`; ignored where kind is `zero`.
         kind: `low_rank`, `zero` or `magnitude`.
         basis: Which singular components stay.
         svd: `exact`, or `lowrank` to mimic the LASER reference.
         niter: Subspace iterations of `lowrank`.
         seed: Of the run; random choices get one of their own for each matrix.
+        blocks: Parts of the rows that are each cut by themselves, `1 <= blocks <= out`; ignored where clustering is
+            `heads`, which makes one of every attention head.
+        clustering: Which rows form a block: `contiguous`, `heads` or `subspaces`.
 
     Returns:
         The edit.
 
     Raises:
-        RankError: `rho` is outside its range.
+        RankError: `rho` or `blocks` is outside its range.
+        MatrixError: `heads` of a matrix whose rows are not known to be heads.
     """
+    if clustering == "heads":
+        blocks = _heads_of(matrix)
+    clustering = clustering if blocks > 1 else "contiguous"
+    largest = even_sizes(matrix.shape[0], blocks)[0]
     rank = {"zero": 0, "magnitude": matrix.rank}.get(kind)
     if rank is None:
-        rank = truncation.rank_of(rho, matrix.shape)
+        rank = truncation.rank_of(rho, (largest, matrix.shape[1]))
+    seeded = basis == "random" or svd == "lowrank" or clustering == "subspaces"
     return Edit.model_validate(
         {
             "matrix": matrix.name,
@@ -58,19 +79,71 @@ def make_edit(
             "basis": basis,
             "svd": svd,
             "niter": niter,
-            "seed": truncation.seed_for(seed, matrix.name) if basis == "random" or svd == "lowrank" else 0,
+            "seed": truncation.seed_for(seed, matrix.name) if seeded else 0,
             "stack": matrix.stack,
+            "blocks": blocks,
+            "clustering": clustering,
         }
     )
 
 
-def replacement(weight: Tensor, edit: Edit, spectrum: Spectrum | None = None) -> Tensor:
+def _heads_of(matrix: Matrix) -> int:
+    if matrix.heads is None:
+        raise MatrixError(
+            f"{matrix.name} (type {matrix.type}) has no rows that are known to be attention heads. "
+            "Clustering 'heads' is for types q_proj, k_proj and v_proj; the heads of out_proj lie in its columns. "
+            "Restrict --types to these, or use --blocks with clustering 'contiguous' or 'subspaces'."
+        )
+    return matrix.heads
+
+
+def clusters_of(weight: Tensor, edit: Edit) -> tuple[Tensor, ...]:
+    """Find the blocks of rows that an edit cuts each by itself.
+
+    Args:
+        weight: Shape (out, in), any floating dtype and device. Not modified; read for `subspaces` only.
+        edit: A low-rank edit of it.
+
+    Returns:
+        Row indices of every block, ascending, int64, on the CPU.
+    """
+    if edit.clustering == "subspaces":
+        return subspaces(weight, edit.blocks, edit.rank, seed=edit.seed)
+    return contiguous(edit.shape[0], edit.blocks)
+
+
+def decomposition(weight: Tensor, edit: Edit) -> tuple[Cluster, ...]:
+    """Decompose what an edit cuts: the blocks of rows, or the one that is the whole weight.
+
+    Args:
+        weight: Shape (out, in), any floating dtype and device. Not modified.
+        edit: An edit of it, of any kind.
+
+    Returns:
+        One cluster a block; it serves every edit of the weight with the same `decomposition_key`.
+    """
+    return decompose_clusters(weight, clusters_of(weight, edit))
+
+
+def decomposition_key(edit: Edit) -> tuple[int, ...]:
+    """Name what the decomposition for an edit depends on, besides the weight.
+
+    Args:
+        edit: Any edit.
+
+    Returns:
+        Equal for edits of one matrix that share a decomposition: all ranks do, but those of `subspaces`.
+    """
+    return (edit.blocks, edit.rank, edit.seed) if edit.clustering == "subspaces" else (edit.blocks,)
+
+
+def replacement(weight: Tensor, edit: Edit, clusters: Sequence[Cluster] | None = None) -> Tensor:
     """Compute what an edit puts in the place of a weight.
 
     Args:
         weight: Shape (out, in), any floating dtype and device. Not modified.
         edit: The edit.
-        spectrum: The exact decomposition of `weight`, where the caller has it already. One serves every rank.
+        clusters: From `decomposition`, where the caller has it already.
 
     Returns:
         Shape (out, in); low rank comes in float32 or better, the others in the dtype of `weight`.
@@ -82,10 +155,48 @@ def replacement(weight: Tensor, edit: Edit, spectrum: Spectrum | None = None) ->
     if edit.svd == "lowrank":
         approximate = truncation.decompose_approximately(weight, edit.rank, niter=edit.niter, seed=edit.seed)
         return truncation.dense(approximate)
-    if edit.rank == min(edit.shape):
+    if edit.rank == edit.full_rank:
         return weight.clone()
-    spectrum = spectrum or truncation.decompose(weight)
-    return truncation.dense(truncation.cut(spectrum, edit.rank, basis=edit.basis, seed=edit.seed))
+    clusters = clusters or decomposition(weight, edit)
+    if edit.blocks == 1:
+        return truncation.dense(truncation.cut(clusters[0].spectrum, edit.rank, basis=edit.basis, seed=edit.seed))
+    return truncate_clusters(clusters, edit.rank)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an edited matrix takes once every block is kept as two factors, or dense where that is less."""
+
+    numbers: int
+    integers: int
+    """The order of the rows: `out` of them for `subspaces`, whose blocks are not in order; else none."""
+    flops: int
+    """Floating-point operations for one token: a multiplication and an addition for each of the numbers."""
+
+
+def cost(edit: Edit, sizes: Sequence[int] | None = None) -> Cost:
+    """Count what an edited matrix takes in memory and in operations.
+
+    Args:
+        edit: Any edit.
+        sizes: Rows of every block, as of `clusters_of`; needed for `subspaces`, whose blocks differ in size.
+
+    Returns:
+        The counts; `magnitude` counts as dense.
+
+    Raises:
+        PlanError: `sizes` is missing or does not fit.
+    """
+    out, into = edit.shape
+    if sizes is None and edit.clustering != "subspaces":
+        sizes = even_sizes(out, edit.blocks)
+    if sizes is None or len(sizes) != edit.blocks or sum(sizes) != out:
+        raise PlanError(
+            f"{edit.matrix} was given block sizes {sizes}. It has {edit.blocks} blocks with {out} rows in all. "
+            "Pass the sizes of eckart.surgery.clusters_of(weight, edit)."
+        )
+    numbers = 0 if edit.kind == "zero" else factored_numbers(sizes, into, edit.rank)
+    return Cost(numbers, out if edit.clustering == "subspaces" else 0, 2 * numbers)
 
 
 def check_plan(

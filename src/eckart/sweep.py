@@ -1,7 +1,8 @@
-"""Measure a grid of edits on the examples that choose, in the order in which the model runs its matrices.
+"""Score a model under many edits, running only what an edit can change.
 
-The prefix cache moves from matrix to matrix, so it holds one layer at a time; each matrix is decomposed once for
-all its ranks; a ledger stands in front of the model, so that nothing is measured twice.
+A worker holds one model. It takes its edits in the order in which the model runs its matrices, so the prefix cache
+moves from matrix to matrix and holds one layer at a time, and each matrix is decomposed once for all its ranks.
+What it scores depends on the job alone, never on the worker, so any number of workers find the same.
 """
 
 from __future__ import annotations
@@ -10,316 +11,93 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from eckart import truncation
+from eckart.clustering import Cluster
 from eckart.dataflow import example_inputs, execution_order
 from eckart.encoding import Encoded
-from eckart.ledger import Ledger
-from eckart.matrices import Matrix, find_blocks, read, write
+from eckart.layout import Block
+from eckart.matrices import Matrix, by_name, find_blocks, find_matrices, read, write
 from eckart.plan import Edit
 from eckart.prefix import PrefixCache, agree, run_block
-from eckart.results import Measurement
-from eckart.scoring import (
-    BlockScores,
-    Forward,
-    Normalize,
-    Scores,
-    assemble,
-    only_positions,
-    score_block,
-    summarize,
-)
-from eckart.surgery import applied, replacement
-from eckart.truncation import Spectrum
+from eckart.race import Rival, Rules, stop
+from eckart.scoring import BlockScores, Normalize, only_positions, score_block
+from eckart.surgery import decomposition, decomposition_key, replacement
 
-Measurements = dict[str, Measurement]
-Grid = Sequence[tuple[Matrix, Sequence[Edit]]]
+Candidate = tuple[Edit, ...]
+"""Edits that are made together; none for the unedited model."""
+Known = Mapping[str, Mapping[int, BlockScores]]
+"""Candidate's key -> block index -> scores."""
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """Why a race did not go on with an edit: the proof that it could not have won."""
+class Job:
+    """Candidates to score on the same examples, for one worker."""
 
-    metric: str
-    """`accuracy`, or `loss` where accuracy alone does not decide."""
-    at_best: float
-    """What the edit could still have reached on all examples, at best."""
-    to_beat: float
-    """What the best edit before it, or the unedited model, had on them."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One edit and what it did on the examples that choose."""
-
-    edit: Edit
-    validation: Measurements
-    """On the examples it was measured on: all of them, or those before it was stopped."""
-    stopped: Stopped | None = None
+    part: str
+    """`validation` or `test`."""
+    candidates: tuple[Candidate, ...]
+    start: Matrix | None = None
+    """No candidate changes what the model runs before this matrix; None: before its end."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks of examples; None for all."""
+    rival: Rival | None = None
+    """What stops a candidate; None scores them all to the end."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a search is."""
+class Scored:
+    """A block of examples was scored."""
 
-    done: int
-    """Edits measured, of `total`."""
-    total: int
-    stage: str
-    best: Trial | None
-    baseline: Measurements | None
+    key: str
+    block: int
+    scores: BlockScores
 
 
-def choose(trials: Sequence[Trial], baseline: Measurements) -> Trial | None:
-    """Pick the best trial: highest accuracy, of equals the lowest loss, then the smallest rank.
+@dataclass(frozen=True)
+class Ended:
+    """A candidate is done: scored to the end, or stopped."""
 
-    Args:
-        trials: In the order of the grid, which decides what is left. Stopped ones cannot win.
-        baseline: The unedited model on the same examples.
-
-    Returns:
-        The winner, or None where none is better than the unedited model.
-    """
-
-    def key(found: Measurements) -> tuple[float, float]:
-        accuracy = -found["accuracy"].value if "accuracy" in found else 0.0
-        loss = found["loss"].value
-        return accuracy, loss if loss == loss else float("inf")
-
-    whole = [trial for trial in trials if trial.stopped is None]
-    best = min(whole, key=lambda trial: (*key(trial.validation), trial.edit.rank), default=None)
-    return best if best is not None and key(best.validation) < key(baseline) else None
+    key: str
 
 
-class Meter:
-    """Scores edits, with a ledger in front of the model, and counts what it costs."""
+@dataclass(frozen=True)
+class Done:
+    """A job is done."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, ledger: Ledger, normalize: Normalize):
-        """Begin.
-
-        Args:
-            model: Under `evaluating` and `torch.inference_mode`.
-            tokenizer: Its tokenizer.
-            ledger: What has been measured.
-            normalize: How choices are compared.
-        """
-        self.model, self.tokenizer, self.ledger = model, tokenizer, ledger
-        self.normalize: Normalize = normalize
-        self.seconds = {"total": 0.0, "svd": 0.0, "forward": 0.0, "predict": 0.0}
-        self.examples = 0
-        """Examples scored, those known from the ledger not counted."""
-
-    def measure(self, encoded: Encoded, part: str, edit: Edit | None, matrices: Sequence[Matrix]) -> Scores:
-        """Score the unedited model, or the whole model with one edit.
-
-        Args:
-            encoded: The examples.
-            part: `validation` or `test`, as the ledger calls them.
-            edit: The edit, or None.
-            matrices: From `find_matrices(model)`.
-
-        Returns:
-            One row an example.
-        """
-        if len(self.ledger.known(part, key_of(edit))) == len(encoded.blocks):
-            return self.score(encoded, part, edit)
-        with applied(self.model, [edit] if edit else [], matrices):
-            return self.score(encoded, part, edit)
-
-    def score(self, encoded: Encoded, part: str, edit: Edit | None, forward: Forward | None = None) -> Scores:
-        """Score the model as it is on all examples; blocks that the ledger knows are taken from it.
-
-        Args:
-            encoded: The examples.
-            part: As for `measure`.
-            edit: What the model holds, for the ledger.
-            forward: Runs the model on the block of an index; by default from the first layer on.
-
-        Returns:
-            One row an example.
-        """
-        *_, found = self.blocks(encoded, part, edit, forward)
-        return assemble(encoded, found)
-
-    def blocks(
-        self, encoded: Encoded, part: str, edit: Edit | None, forward: Forward | None = None
-    ) -> Iterator[dict[int, BlockScores]]:
-        """Score block after block, and give all that is known after each, so that a race can stop.
-
-        Args:
-            encoded: As for `score`.
-            part: As for `score`.
-            edit: As for `score`.
-            forward: As for `score`.
-
-        Yields:
-            Block index -> scores, one block more each time.
-        """
-        key = key_of(edit)
-        known = self.ledger.known(part, key)
-        found: dict[int, BlockScores] = {}
-        for index, block in enumerate(encoded.blocks):
-            if index not in known:
-                with self.timing("forward"):
-                    known[index] = score_block(
-                        self.model, self.tokenizer, encoded, index, normalize=self.normalize, forward=forward
-                    )
-                self.examples += len(block.examples)
-                self.ledger.add(part, key, {index: known[index]})
-            found[index] = known[index]
-            yield found
-
-    @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
-        """Add the time that the `with` block takes to `seconds`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - started
+    seconds: dict[str, float]
+    exact: bool
+    """The prefix cache gave the logits of the whole model."""
+    cache_bytes: int
+    """Most that the prefix cache held."""
 
 
-def sweep(
-    meter: Meter,
-    grid: Grid,
-    encoded: Encoded,
-    baseline: Measurements,
-    progress: Callable[[Progress], None] | None = None,
-    *,
-    race: bool = False,
-) -> tuple[tuple[Trial, ...], bool]:
-    """Measure every edit of a grid.
+Event = Scored | Ended | Done
 
-    A race stops an edit as soon as it could not win even if all that is left came out right; the winner is the
-    same by construction.
+
+def key_of(candidate: Sequence[Edit]) -> str:
+    """Name a candidate in the ledger.
 
     Args:
-        meter: Holds the model, which is edited meanwhile; as before, to the bit, afterwards.
-        grid: Each matrix with its edits.
-        encoded: The examples that choose.
-        baseline: The unedited model on them.
-        progress: Called after every edit.
-        race: Stop edits that cannot win.
+        candidate: Edits, in the order in which the model runs them.
 
     Returns:
-        Trials in the order of the grid, and whether the prefix cache was exact for this model.
+        Their JSON; empty for the unedited model.
     """
-    walk = Walk(meter.model, encoded)
-    total = sum(len(edits) for _, edits in grid)
-    trials: dict[str, Trial] = {}
-    best: Trial | None = None
-    for matrix, edits in sorted(grid, key=lambda item: walk.place(item[0])):
-        with _replacing(meter, walk, matrix) as replace_by:
-            for edit in edits:
-                trial = _try(meter, walk, replace_by, edit, best.validation if best else baseline, race=race)
-                trials[key_of(edit)] = trial
-                best = choose([t for t in (best, trial) if t], baseline) or best
-                if progress is not None:
-                    progress(Progress(len(trials), total, "searching", best, baseline))
-    return tuple(trials[key_of(edit)] for _, edits in grid for edit in edits), walk.exact
+    return json.dumps([edit.model_dump(mode="json") for edit in candidate], sort_keys=True) if candidate else ""
 
 
-def _try(
-    meter: Meter,
-    walk: Walk,
-    replace_by: Callable[[Edit], None],
-    edit: Edit,
-    to_beat: Measurements,
-    *,
-    race: bool,
-) -> Trial:
-    """Measure one edit, up to the end or up to where it cannot win any more."""
-    encoded = walk.encoded
-    found: dict[int, BlockScores] = {}
-    stopped: Stopped | None = None
-    if len(meter.ledger.known("validation", key_of(edit))) < len(encoded.blocks):
-        replace_by(edit)
-    for found in meter.blocks(encoded, "validation", edit, walk.forward):
-        if race and len(found) < len(encoded.blocks) and (stopped := cannot_win(encoded, found, to_beat)):
-            break
-    return Trial(edit, summarize(encoded, assemble(encoded, found)), stopped)
+@dataclass(frozen=True)
+class Route:
+    """In which order a model runs its blocks, and the modules inside them."""
 
-
-def cannot_win(encoded: Encoded, found: Mapping[int, BlockScores], to_beat: Measurements) -> Stopped | None:
-    """Prove from some blocks that an edit cannot win on all of them.
-
-    Every example that is left is taken to come out right and to cost no loss.
-
-    Args:
-        encoded: The examples that choose.
-        found: Block index -> scores of the edit.
-        to_beat: The best edit so far, or the unedited model, on all examples.
-
-    Returns:
-        The proof, or None while the edit can still win.
-    """
-    scores = assemble(encoded, found)
-    # Means are rounded; only a clear difference is a proof.
-    margin = 1 + 1e-9
-    if scores.correct is None:
-        tokens = np.array(encoded.tokens)
-        least = float((scores.loss * tokens[scores.examples]).sum() / tokens.sum())
-        return Stopped("loss", least, to_beat["loss"].value) if least > to_beat["loss"].value * margin else None
-    right = int(scores.correct.sum()) + encoded.count - len(scores.correct)
-    needed = round(to_beat["accuracy"].value * encoded.count)
-    if right < needed:
-        return Stopped("accuracy", right / encoded.count, to_beat["accuracy"].value)
-    least = float(scores.loss.sum() / encoded.count)
-    if right == needed and least > to_beat["loss"].value * margin:
-        return Stopped("loss", least, to_beat["loss"].value)
-    return None
-
-
-@contextmanager
-def _replacing(meter: Meter, walk: Walk, matrix: Matrix) -> Iterator[Callable[[Edit], None]]:
-    """Put one edit after the other in a matrix's place; the original is back afterwards."""
-    original: Tensor | None = None
-    spectrum: Spectrum | None = None
-
-    def replace_by(edit: Edit) -> None:
-        nonlocal original, spectrum
-        if original is None:
-            with meter.timing("forward"):
-                walk.to(matrix)
-            original = read(meter.model, matrix)
-        with meter.timing("svd"):
-            if spectrum is None and edit.kind == "low_rank" and edit.svd == "exact":
-                spectrum = truncation.decompose(original)
-            write(meter.model, matrix, replacement(original, edit, spectrum))
-
-    try:
-        yield replace_by
-    finally:
-        if original is not None:
-            write(meter.model, matrix, original)
-
-
-class Walk:
-    """Takes the prefix cache from matrix to matrix, and stops using it where it is not exact."""
-
-    def __init__(self, model: nn.Module, encoded: Encoded):
-        """Begin before the first block.
-
-        Args:
-            model: Under `evaluating` and `torch.inference_mode`, with its unedited weights.
-            encoded: The examples that will be scored.
-        """
-        blocks = find_blocks(model)
-        stacks = {path: stack for path, stack, _ in blocks}
-        children = [f"{path}.{name}" for path in stacks for name, _ in model.get_submodule(path).named_children()]
-        order = execution_order(model, [*stacks, *children], example_inputs(model))
-        running = [path for path in order if path in stacks]
-        self.depths = {path: depth for depth, path in enumerate(running)}
-        self.children = {path: [c for c in order if c.rpartition(".")[0] == path] for path in running}
-        self.cache = PrefixCache(model, [(path, stacks[path]) for path in running], encoded.blocks)
-        self.model, self.encoded = model, encoded
-        self.exact = True
-        self._expected: Tensor | None = None
+    stacks: dict[str, str]
+    """Path of a block -> path of its list, in order of execution."""
+    children: dict[str, list[str]] = field(repr=False)
+    """Path of a block -> paths of its direct children, in order of execution."""
 
     def place(self, matrix: Matrix) -> tuple[int, int]:
         """Tell where a matrix runs.
@@ -332,9 +110,199 @@ class Walk:
         """
         block = f"{matrix.stack}.{matrix.layer}"
         inside = matrix.parameter.removeprefix(f"{block}.").split(".")[0]
-        children = self.children.get(block, [])
         child = f"{block}.{inside}"
-        return self.depths.get(block, 0), children.index(child) if child in children else 0
+        children = self.children.get(block, [])
+        depth = list(self.stacks).index(block) if block in self.stacks else 0
+        return depth, children.index(child) if child in children else 0
+
+
+def route_of(model: nn.Module) -> Route:
+    """Find the order of a model's modules by running it once on a small input.
+
+    Args:
+        model: Under `evaluating` and `torch.inference_mode`. Not modified.
+
+    Returns:
+        Its route.
+    """
+    stacks = {path: stack for path, stack, _ in find_blocks(model)}
+    children = [f"{path}.{name}" for path in stacks for name, _ in model.get_submodule(path).named_children()]
+    order = execution_order(model, [*stacks, *children], example_inputs(model))
+    running = {path: stacks[path] for path in order if path in stacks}
+    return Route(running, {path: [c for c in order if c.rpartition(".")[0] == path] for path in running})
+
+
+class Worker:
+    """A model, and the jobs it does one after the other."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, normalize: Normalize, cache_bytes: int | None = None):
+        """Begin.
+
+        Args:
+            model: Under `evaluating` and `torch.inference_mode`. Edited during a job; as before, to the bit, after it.
+            tokenizer: Its tokenizer.
+            normalize: How choices are compared.
+            cache_bytes: Most that the prefix cache may hold; None for no bound.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.normalize: Normalize = normalize
+        self.cache_bytes = cache_bytes
+        self.route = route_of(model)
+        self.matrices = find_matrices(model)
+        self.parts: Mapping[str, Encoded] = {}
+        self.rules = Rules("accuracy")
+        self._walk: Walk | None = None
+        self._walked: tuple[str, tuple[int, ...]] | None = None
+        self._seconds: dict[str, float] = {}
+
+    def begin(self, parts: Mapping[str, Encoded], rules: Rules) -> None:
+        """Say what the next jobs are about.
+
+        Args:
+            parts: Name -> examples, on the model's device.
+            rules: How races are judged.
+        """
+        self.parts, self.rules = parts, rules
+        self._walk = None
+
+    def work(self, job: Job, known: Known) -> Iterator[Event]:
+        """Do a job, block after block.
+
+        Args:
+            job: What to score.
+            known: What need not be scored again.
+
+        Yields:
+            Every block that was scored, the end of every candidate, and the end of the job.
+        """
+        self._seconds = {"svd": 0.0, "forward": 0.0}
+        encoded = self.parts[job.part]
+        blocks = tuple(range(len(encoded.blocks))) if job.blocks is None else job.blocks
+        walk: Walk | None = None
+        weights = _Weights(self)
+        for candidate in job.candidates:
+            key = key_of(candidate)
+            have = known.get(key, {})
+            found: dict[int, BlockScores] = {}
+            try:
+                for index in blocks:
+                    if index in have:
+                        found[index] = have[index]
+                    else:
+                        if walk is None:
+                            walk = self._at(job, encoded, blocks)
+                        weights.hold(candidate)
+                        found[index] = self._score(encoded, index, walk)
+                        yield Scored(key, index, found[index])
+                    if job.rival is not None and stop(encoded, found, job.rival, self.rules):
+                        break
+            finally:
+                weights.restore()
+            yield Ended(key)
+        yield Done(self._seconds, walk is None or walk.exact, 0 if walk is None else walk.peak_bytes)
+
+    def _at(self, job: Job, encoded: Encoded, blocks: tuple[int, ...]) -> Walk:
+        """Bring the prefix cache to where a job starts; it moves forward only, so going back begins anew."""
+        place = self.route.place(job.start) if job.start else (0, 0)
+        with self.timing("forward"):
+            if self._walk is None or self._walked != (job.part, blocks) or place < self._walk.at:
+                self._walk = None  # frees what it holds before the next one fills
+                self._walk = Walk(self.model, self.route, encoded, blocks, cache_bytes=self.cache_bytes)
+                self._walked = (job.part, blocks)
+            if job.start is not None:
+                self._walk.to(job.start)
+        return self._walk
+
+    def _score(self, encoded: Encoded, index: int, walk: Walk) -> BlockScores:
+        with self.timing("forward"):
+            return score_block(
+                self.model, self.tokenizer, encoded, index, normalize=self.normalize, forward=walk.forward
+            )
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Add the time that the `with` block takes to the job's seconds."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
+
+
+class _Weights:
+    """Puts candidates into a model, one after the other, and the originals back; decomposes each matrix once."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self._held: Candidate | None = None
+        self._originals: dict[str, tuple[Matrix, Tensor]] = {}
+        self._decomposed: dict[tuple[Any, ...], Sequence[Cluster]] = {}
+
+    def hold(self, candidate: Candidate) -> None:
+        """Edit the model, unless it holds the candidate already."""
+        if self._held == candidate:
+            return
+        for edit in candidate:
+            if edit.matrix not in self._originals:
+                matrix = by_name(self._worker.matrices, edit.matrix)
+                self._originals[edit.matrix] = matrix, read(self._worker.model, matrix)
+            matrix, original = self._originals[edit.matrix]
+            with self._worker.timing("svd"):
+                write(self._worker.model, matrix, replacement(original, edit, self._clusters(original, edit)))
+        self._held = candidate
+
+    def restore(self) -> None:
+        """Put the originals of what is held back."""
+        for edit in self._held or ():
+            write(self._worker.model, *self._originals[edit.matrix])
+        self._held = None
+
+    def _clusters(self, original: Tensor, edit: Edit) -> Sequence[Cluster] | None:
+        if edit.kind != "low_rank" or edit.svd != "exact" or edit.rank == edit.full_rank:
+            return None
+        if edit.clustering == "subspaces":
+            return decomposition(original, edit)  # serves this rank alone
+        key = (edit.matrix, *decomposition_key(edit))
+        if key not in self._decomposed:
+            self._decomposed[key] = decomposition(original, edit)
+        return self._decomposed[key]
+
+
+class Walk:
+    """Takes the prefix cache from matrix to matrix, and stops using it where it is not exact."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        route: Route,
+        encoded: Encoded,
+        blocks: Sequence[int],
+        *,
+        cache_bytes: int | None = None,
+    ):
+        """Begin before the first block.
+
+        Args:
+            model: Under `evaluating` and `torch.inference_mode`, with its unedited weights.
+            route: Of the model.
+            encoded: The examples that will be scored.
+            blocks: Which of their blocks.
+            cache_bytes: Most that the cache may hold; None for no bound.
+        """
+        self.model, self.route = model, route
+        self.batches: dict[int, Block] = {index: encoded.blocks[index] for index in blocks}
+        self.numbers = {index: number for number, index in enumerate(blocks)}
+        stacks, batches = list(route.stacks.items()), list(self.batches.values())
+        self.cache = PrefixCache(model, stacks, batches, cache_bytes=cache_bytes)
+        self.at = (0, 0)
+        """Place of the current matrix."""
+        self.exact = True
+        self._expected: Tensor | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most that the cache held."""
+        return self.cache.peak_bytes
 
     def to(self, matrix: Matrix) -> None:
         """Skip everything that runs before a matrix.
@@ -342,16 +310,16 @@ class Walk:
         Args:
             matrix: Not before the one before. The model must hold its unedited weights.
         """
-        depth, inside = self.place(matrix)
+        depth, inside = self.at = self.route.place(matrix)
         moved = False
         while self.exact and self.cache.depth < depth:
             self.cache.advance()
             moved = True
-        for child in self.children.get(f"{matrix.stack}.{matrix.layer}", [])[:inside]:
+        for child in self.route.children.get(f"{matrix.stack}.{matrix.layer}", [])[:inside]:
             if self.exact and any(True for _ in self.model.get_submodule(child).parameters()):
                 moved |= self.cache.enter(child)
-        if moved:
-            self.exact = agree(self._logits(self.cache.forward), self._whole())
+        if moved and self.exact:
+            self.exact = agree(self._logits(self.forward), self._whole())
 
     def forward(self, index: int) -> Any:
         """Run one block of examples through what an edit of the current matrix can change.
@@ -362,27 +330,15 @@ class Walk:
         Returns:
             The model's own output.
         """
-        return self.cache.forward(index) if self.exact else run_block(self.model, self.encoded.blocks[index])
+        return self.cache.forward(self.numbers[index]) if self.exact else run_block(self.model, self.batches[index])
 
     def _whole(self) -> Tensor:
         if self._expected is None:
-            self._expected = self._logits(lambda index: run_block(self.model, self.encoded.blocks[index]))
+            self._expected = self._logits(lambda index: run_block(self.model, self.batches[index]))
         return self._expected
 
     def _logits(self, forward: Callable[[int], Any]) -> Tensor:
         # The first block: the cache ran the last one last, and a model with a memory would still know it.
-        block = self.encoded.blocks[0]
+        index, block = next(iter(self.batches.items()))
         with only_positions(self.model, block.rows, block.columns) as logits_of:
-            return logits_of(forward(0))
-
-
-def key_of(edit: Edit | None) -> str:
-    """Name an edit in the ledger.
-
-    Args:
-        edit: An edit, or None for the unedited model.
-
-    Returns:
-        Its JSON; empty for None.
-    """
-    return "" if edit is None else json.dumps(edit.model_dump(mode="json"), sort_keys=True)
+            return logits_of(forward(index))

@@ -172,6 +172,26 @@ def magnitude(weight: Tensor, rho: float) -> Tensor:
     return torch.where(weight.abs() <= threshold, torch.zeros_like(weight), weight)
 
 
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8-bit integers, symmetric around zero, with one scale for each output row.
+
+    Args:
+        weight: Shape (out, in), any floating dtype and device. Not modified.
+
+    Returns:
+        Integers from -127 to 127, shape (out, in), int8, and scales, shape (out, 1), float32; their product is
+        nowhere further from `weight` than half a scale (and float32 rounding).
+
+    >>> round_to_int8(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))[0].tolist()
+    [[127, -50], [0, 0]]
+    """
+    weight = weight.float()
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    # A row of zeros, or of numbers too small for a float32 scale, stays zero.
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (weight / scales).round().clamp(-127, 127).to(torch.int8), scales
+
+
 def seed_for(seed: int, name: str) -> int:
     """Derive a seed for one matrix, so that its random cut does not depend on which others are cut.
 

@@ -10,13 +10,16 @@ import eckart
 SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
-    {"errors"},
-    {"truncation", "results", "dataflow", "layout"},
+    {"errors", "registration"},
+    {"truncation", "results", "layout"},
     {"clustering"},
     {"linear"},
     {"experts"},
+    {"dataflow"},
+    {"quantizer"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
+    {"factoring"},
     {"prefix", "recipe"},
     {"scoring", "checkpoint", "report"},
     {"ledger"},

@@ -47,7 +47,7 @@ class FactoredExperts(LowRankLayer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, device, dtype)
-        rank = -(-rank // 8) * 8
+        rank = self.rounded(rank)
         self.transposed = transposed
         self.down = nn.Parameter(torch.zeros(experts, rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(experts, out_features, rank, device=device, dtype=dtype))
@@ -102,6 +102,11 @@ class FactoredExperts(LowRankLayer):
         spectra = [cut(decompose(matrix), rank) for matrix, rank in zip(stack, ranks)]
         return cls.from_spectra(spectra, transposed=transposed, dtype=weight.dtype)
 
+    @staticmethod
+    def rounded(rank: int) -> int:
+        """Give the next multiple of 8."""
+        return -(-rank // 8) * 8
+
     def flops(self, tokens: int) -> int:
         """Give the operations of one forward pass.
 
@@ -118,10 +123,14 @@ class FactoredExperts(LowRankLayer):
         weight = multiply(self.up, self.down)
         return weight.mT if self.transposed else weight
 
+    def forward(self) -> Product:
+        """Give the 3-D parameter that it stands for, not multiplied out."""
+        return Product(self.down.mT, self.up.mT) if self.transposed else Product(self.up, self.down)
+
     @property
     def product(self) -> Product:
-        """The 3-D parameter that it stands for, not multiplied out."""
-        return Product(self.down.mT, self.up.mT) if self.transposed else Product(self.up, self.down)
+        """What `forward` gives; called as a module, so that hooks which bring offloaded weights back run."""
+        return self()
 
     def __getitem__(self, index: Any) -> Product:
         return self.product[index]

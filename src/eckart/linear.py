@@ -283,6 +283,15 @@ class RowBlockedLinear(LowRankLayer):
         self.blocks = nn.ModuleList(blocks)
         self.register_buffer("order", None if rows is None else _order(rows, sizes, first.device))
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Those of the blocks, in the order of the rows of W."""
+        parts: list[Any] = [block.bias for block in self.blocks]
+        if parts[0] is None:
+            return None
+        bias = torch.cat(parts)
+        return bias if self.order is None else bias[self.order]
+
     @classmethod
     def from_weight(
         cls,

@@ -11,16 +11,20 @@ import transformers
 import yaml
 from safetensors.torch import load_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typer.testing import CliRunner
 
 import eckart
 import tiny_models as tiny
 from eckart.checkpoint import load, model_card, save
+from eckart.cli import app
 from eckart.dataflow import low_rank_layers
-from eckart.errors import ModelError
+from eckart.errors import MatrixError, ModelError
 from eckart.factoring import factor_
-from eckart.matrices import find_matrices, partition
-from eckart.plan import MadeBy, Plan, PlannedModel
+from eckart.linear import FactoredLinear
+from eckart.matrices import find_blocks, find_matrices, partition
+from eckart.plan import MadeBy, Plan, PlannedModel, write_plan
 from eckart.quantizer import LowRankConfig, LowRankQuantizer, register
+from eckart.run import run_apply
 from eckart.surgery import make_edit, weights_sha256
 
 # One of each way to store: factored, pivoted, row-blocked with and without an order, from Conv1D, experts.
@@ -98,14 +102,15 @@ def test_every_dtype_is_stored_and_cast(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "t5"])
 @pytest.mark.parametrize("device_map", ["auto", "cpu", "disk"])
 def test_any_device_map_computes_the_same(name, device_map, tmp_path):
-    model = factored(name)
+    model = factored(name, chosen=lambda m: m.layer != 0)
     folder = save(model, tmp_path / "a", max_shard_size="20KB")
     options = {"device_map": device_map}
     if device_map == "disk":
         # Embeddings stay; the blocks are read from the disk when they run.
-        children = {path.rpartition(".")[0] for path, _ in model.named_parameters(remove_duplicate=False)}
-        blocks = {path for path in children if any(part.isdigit() for part in path.split("."))}
-        places = {path: "disk" if path in blocks else "cpu" for path in children}
+        blocks = {path for path, _, _ in find_blocks(model)}
+        rest = {path.rpartition(".")[0] for path, _ in model.named_parameters(remove_duplicate=False)}
+        places = dict.fromkeys(blocks, "disk")
+        places |= {path: "cpu" for path in rest if not any(f"{path}.".startswith(f"{block}.") for block in blocks)}
         options = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
     again = loaded(folder, type(model), **options)
     torch.testing.assert_close(logits(name, again), logits(name, model), atol=1e-5, rtol=1e-4)
@@ -267,10 +272,9 @@ def test_without_eckart_loading_raises_whatever_was_factored(tmp_path):
 @pytest.mark.parametrize(
     "order",
     [
-        "import eckart, transformers",
-        "import transformers, eckart",
         "import eckart; assert 'transformers' not in sys.modules and 'torch' not in sys.modules; import transformers",
         "from transformers import AutoModelForCausalLM; import transformers; import eckart",
+        "import eckart.quantizer, transformers",
         "import eckart, importlib, transformers.quantizers.auto; importlib.reload(eckart); import transformers",
     ],
 )
@@ -318,18 +322,129 @@ def test_a_config_that_was_tampered_with_is_refused(change, tiny_llama_folder, t
         eckart.load(str(folder))
 
 
+@pytest.fixture
+def plan_file(tiny_llama_folder, tmp_path):
+    """A plan that cuts every fc_in of the tiny Llama to rank 3, in the folder of a run."""
+    model, _ = load(str(tiny_llama_folder))
+    planned = PlannedModel(source="tiny", architecture="L", weights_sha256=weights_sha256(model))
+    edits = tuple(make_edit(m, 0.2) for m in find_matrices(model) if m.type == "fc_in")
+    write_plan(tmp_path / "plan.json", Plan(model=planned, edits=edits, made_by=MadeBy(eckart="0")))
+    return tmp_path / "plan.json"
+
+
+def eckart_program(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_program_applies_a_plan_and_reads_what_it_wrote(
+    tiny_llama_folder, plan_file, choice_task_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("eckart.cli._silence_transformers", lambda: None)
+    said = eckart_program("apply", tiny_llama_folder, plan_file, "--out", tmp_path / "a").stdout
+    assert "import eckart" in said
+    assert "2 weights are stored as factors" in said
+    folder = tmp_path / "a" / "model"
+    assert sum(isinstance(m, FactoredLinear) for m in load(str(folder))[0].modules()) == 2
+    task = ("--task", choice_task_file, "--json")
+    planned = json.loads(eckart_program("evaluate", tiny_llama_folder, "--plan", plan_file, *task).stdout)["rows"][1]
+    found = json.loads(eckart_program("evaluate", folder, *task).stdout)["rows"][0]
+    for name, expected in planned["measurements"].items():
+        assert found["measurements"][name]["value"] == pytest.approx(expected["value"], abs=1e-5)
+
+    # What is left dense can be searched and cut in turn.
+    search = ("search", folder, "--task", choice_task_file, "--out", tmp_path / "run", "--types", "mlp", "--rho", "0.3")
+    eckart_program(*search)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["trials"]["grid"] == 4
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    left = next(m for m in find_matrices(load(str(folder))[0]) if m.type == "fc_out")
+    plan["edits"] = [make_edit(left, 0.2).model_dump(mode="json")]
+    (tmp_path / "second.json").write_text(json.dumps(plan))
+    eckart_program("apply", folder, tmp_path / "second.json", "--out", tmp_path / "b")
+    both = load(str(tmp_path / "b" / "model"))[0]
+    assert len(low_rank_layers(both)) == 3
+    eckart_program("apply", folder, tmp_path / "second.json", "--dense", "--out", tmp_path / "c")
+    dense = loaded(tmp_path / "c" / "model", transformers.AutoModelForCausalLM)
+    assert not low_rank_layers(dense)
+    ids = torch.arange(4, 12)[None]
+    torch.testing.assert_close(dense(ids).logits, both(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_plan_for_a_factored_weight_is_refused_by_its_name(tiny_llama_folder, plan_file, tmp_path):
+    folder, _ = run_apply(str(tiny_llama_folder), plan_file, tmp_path / "a")
+    with pytest.raises(MatrixError, match="gate_proj"):
+        run_apply(str(folder), plan_file, tmp_path / "b", force=True)
+    assert not (tmp_path / "b").exists()
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import transformers, eckart
+from eckart import checkpoint
+transformers.utils.logging.disable_progress_bar()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+target = pathlib.Path(sys.argv[2])
+moments = [(os, "fsync"), (pathlib.Path, "rename"), (pathlib.Path, "rmdir"), (pathlib.Path, "write_text"),
+           (transformers.PreTrainedModel, "save_pretrained"), (checkpoint, "write_manifest")]
+number = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        left = number
+        def counted(function):
+            def call(*arguments, **named):
+                global left
+                for _ in range(2):  # before it and after it
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    left -= 1
+                    if _ == 0:
+                        result = function(*arguments, **named)
+                return result
+            return call
+        for owner, name in moments:
+            setattr(owner, name, counted(getattr(owner, name)))
+        eckart.save(model, target / str(number))
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    number += 1
+print(number)
+"""
+
+
+def test_killed_at_any_moment_there_is_no_folder_or_a_whole_one(tmp_path):
+    source = save(factored("llama", chosen=lambda m: m.type == "fc_in"), tmp_path / "source")
+    (count,) = python(KILLED, source, tmp_path / "out")
+    whole = {path.name for path in source.iterdir()}
+    there = [number for number in range(int(count) + 1) if (tmp_path / "out" / str(number)).exists()]
+    # Killed after the rename it is there, and before it is not.
+    assert int(count) > 15
+    assert 1 < len(there) < int(count)
+    assert there == list(range(there[0], int(count) + 1))
+    for number in there:
+        assert {path.name for path in (tmp_path / "out" / str(number)).iterdir()} == whole
+        assert sums_agree(tmp_path / "out" / str(number))
+
+
+def sums_agree(folder):
+    """Whether sha256sum finds every file as the manifest has it."""
+    command = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    return subprocess.run(command, cwd=folder, check=False, capture_output=True).returncode == 0
+
+
 def test_the_manifest_holds_the_sha256_of_every_file(tmp_path):
     folder = save(factored("llama"), tmp_path / "a", tiny.tokenizer(), max_shard_size="20KB")
     lines = (folder / "SHA256SUMS").read_text().splitlines()
     assert {line.split("  ")[1] for line in lines} == {p.name for p in folder.iterdir()} - {"SHA256SUMS"}
-    checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False)
-    assert checked.returncode == 0
+    assert sums_agree(folder)
     with (folder / "config.json").open("a") as file:
         file.write(" ")
-    checked = subprocess.run(
-        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=False, capture_output=True
-    )
-    assert checked.returncode == 1
+    assert not sums_agree(folder)
 
 
 def test_the_card_of_a_factored_model_tells_its_size_and_how_to_load_it():

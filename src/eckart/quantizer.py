@@ -325,3 +325,7 @@ def _dense(layer: Any, stored: StoredLayer) -> nn.Module:
     dense.weight = nn.Parameter(weight.T.contiguous() if stored.transposed else weight)
     dense.bias = None if bias is None else nn.Parameter(bias.detach())
     return dense
+
+
+# transformers finds what it was told of; see `eckart.registration` for when this module is imported.
+register()

@@ -59,4 +59,5 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("eckart.quantizer").register()
+    # That module registers itself at its end; it may be what imported transformers, and half done.
+    importlib.import_module("eckart.quantizer")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save
+from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
 from eckart.errors import OutputError
 from eckart.factoring import Factoring, factor_
@@ -221,7 +222,7 @@ def run_apply(
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
         force: Accept a plan made for other weights.
-        dense: Write dense weights, which plain transformers loads, and no low-rank layers.
+        dense: Write dense weights, which plain transformers loads; layers that were low-rank before are multiplied out.
 
     Returns:
         The model's folder, and what became of the edited weights unless all are dense.
@@ -237,6 +238,8 @@ def run_apply(
     factoring = None
     if dense:
         apply_(model, plan, force=force)
+        if low_rank_layers(model):
+            model.dequantize()
     else:
         factoring = factor_(model, plan, force=force)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None

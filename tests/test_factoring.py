@@ -1,6 +1,7 @@
 """A factored model computes what the dense edit computes. Oracles: torch.linalg, counting by hand, the dense model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +234,25 @@ def test_a_weight_held_by_two_modules_is_edited_and_stays_dense():
     found = factor_(model, [make_edit(matrix, 0.1)])
     assert "shared" in found.dense[matrix.name]
     assert first.weight is second.weight
+
+
+def test_spilled_factors_are_the_same_and_lie_in_files_that_are_mapped(tmp_path):
+    model, other = build("phi3"), build("phi3")
+    edits = [make_edit(m, 0.2) for m in find_matrices(model) if not m.whole]
+    factor_(model, edits, spill=tmp_path)
+    factor_(other, edits)
+    state, expected = model.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(tmp_path) in line:
+            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
+    for layer in low_rank_layers(model).values():
+        for tensor in layer.state_dict().values():
+            assert not tensor.numel() or any(start <= tensor.data_ptr() < end for start, end in mapped)
+    close(*outputs("phi3", model, other))
+    model.double()(torch.arange(5)[None]).logits.sum().backward()
 
 
 def test_a_module_held_in_several_places_is_replaced_in_all():

@@ -24,7 +24,7 @@ import transformers
 import yaml
 from torch import nn
 
-from eckart.errors import ModelError, OutputError
+from eckart.errors import EckartError, ModelError, OutputError
 from eckart.plan import Plan, write_plan
 from eckart.quantizer import LowRankConfig, sizes
 
@@ -271,8 +271,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_empty(target)
     temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = _make_beside(target)
         yield temporary
         for path in sorted(temporary.rglob("*")):
             _sync(path)
@@ -286,11 +285,50 @@ def new_folder(target: Path) -> Iterator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if is_full_disk(error) or (isinstance(error, OSError) and not isinstance(error, OutputError)):
-            raise OutputError(
-                f"{target} could not be written: {_first_line(error)}. Nothing of it was kept. "
-                "Free space there or choose another --out."
-            ) from error
+            raise _cannot_write(target, error) from error
         raise
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Lend a folder on the disk that a folder will be written to.
+
+    Args:
+        target: What will be written; parents that are missing are made, and removed again if they stay empty.
+
+    Yields:
+        A new folder beside `target`, which is removed with what is in it.
+
+    Raises:
+        OutputError: The disk is full, or the folder cannot be made.
+    """
+    missing = [parent for parent in target.parents if not parent.exists()]
+    temporary: Path | None = None
+    try:
+        temporary = _make_beside(target)
+        yield temporary
+    except BaseException as error:
+        if is_full_disk(error) or (isinstance(error, OSError) and not isinstance(error, EckartError)):
+            raise _cannot_write(target, error) from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _make_beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+
+
+def _cannot_write(target: Path, error: BaseException) -> OutputError:
+    return OutputError(
+        f"{target} could not be written: {_first_line(error)}. Nothing of it was kept. "
+        "Free space there or choose another --out."
+    )
 
 
 def is_full_disk(error: BaseException) -> bool:

@@ -6,11 +6,15 @@ touches are parts without one.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,6 +62,7 @@ def factor_(
     *,
     force: bool = False,
     at_most: float = AT_MOST,
+    spill: Path | None = None,
 ) -> Factoring:
     """Put a plan's edits into a model as low-rank layers, in place.
 
@@ -70,6 +75,8 @@ def factor_(
         matrices: From `find_matrices(model)`, where the caller has them; not valid any more afterwards.
         force: Accept other weights than the plan was made for.
         at_most: Share of the dense bytes that factors may take.
+        spill: A folder for the factors, on the CPU only: they are mapped from files there, which must outlive the
+            model. With a model whose weights are mapped, too, memory holds one matrix at a time.
 
     Returns:
         What became of every edited weight, and the model's size.
@@ -94,10 +101,21 @@ def factor_(
                 write(model, matrix, replacement(read(model, matrix), edit))
         else:
             layers[path] = stored_as(layer, transposed=edits[0][0].transposed)
-            replace_(model, path, layer)
+            replace_(model, path, layer if spill is None else _mapped(layer, spill / f"{len(layers)}.safetensors"))
     if layers:
         attach_(model, layers, dense)
     return Factoring(layers, dense, before, sizes(model)[0])
+
+
+def _mapped(layer: LowRankLayer, path: Path) -> LowRankLayer:
+    """Move a layer's numbers to a file that is mapped into memory."""
+    save_file({name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, path)
+    layer.load_state_dict(load_file(path), assign=True)
+    # The C library keeps what decompositions freed, in pieces: most of a gigabyte over 300 matrices.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+    return layer
 
 
 def _obstacle(model: nn.Module, parameter: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save
+from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, temporary_folder
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
 from eckart.errors import OutputError
@@ -215,6 +215,9 @@ def run_apply(
 ) -> tuple[Path, Factoring | None]:
     """Write the model that a plan describes to `out/model`.
 
+    On a CPU, and in the dtype of the files, weights and factors are mapped from files, so that a model may be larger
+    than memory. (Where transformers joins several weights of the files into one, as for most experts, that one is not.)
+
     Args:
         source: Folder or hub id of the model that the plan was made for.
         plan_path: The plan's file, or the folder of a run.
@@ -235,15 +238,15 @@ def run_apply(
     plan = read_plan(plan_path)
     model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
-    factoring = None
+    tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
     if dense:
         apply_(model, plan, force=force)
         if low_rank_layers(model):
             model.dequantize()
-    else:
-        factoring = factor_(model, plan, force=force)
-    tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
-    return save(model, folder, tokenizer, plan), factoring
+        return save(model, folder, tokenizer, plan), None
+    with temporary_folder(folder) as spill:
+        factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
+        return save(model, folder, tokenizer, plan), factoring
 
 
 def forecast_search(

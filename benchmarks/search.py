@@ -1,14 +1,12 @@
-"""How much faster is eckart's search than the LASER reference's loop? Both in one run, taking turns.
+"""How much faster is eckart's search than the LASER reference's loop, and does it find as much? Ten pairs.
 
-    python benchmarks/search.py              # measure the four pairs of PAIRS
-    python benchmarks/search.py --table      # the saved results as Markdown
+    python benchmarks/search.py --threads 2                 # measure the ten pairs of PAIRS
+    python benchmarks/search.py --table                     # the saved results as Markdown
 
-eckart's time is the whole call of `eckart.laser.search`. The reference loop (`reference_loop.py`) is too slow to
-run whole: some examples are run at some edits, and scaled to all examples and all edits. Its decompositions are
-timed for every edit of the grid. A ratio is formed within one repeat, so that a busy machine slows both sides.
-
-The default takes 100 examples and 3 of the 8 rho, to end within a quarter of an hour on two cores. That favours
-the reference: the proof on the test examples costs eckart the same however few edits went before it.
+eckart's time is the whole call of `eckart.search`, proof on the test examples included. The reference loop
+(`reference_loop.py`) is too slow to run whole: some examples are run at some edits, and scaled to all examples and
+all edits. Its decompositions are timed for every edit of the grid. A ratio is formed within one repeat, so that a
+busy machine slows both sides.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,13 +27,15 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from scipy import stats
 
 import reference_loop
 from eckart.checkpoint import load
-from eckart.laser import SearchResult, Trial, choose, make_grid, search
+from eckart.laser import SearchResult, make_grid, search
 from eckart.matrices import Matrix, find_matrices
 from eckart.plan import Edit
-from eckart.recipe import SearchSettings
+from eckart.race import Rules, Trial, choose
+from eckart.recipe import RHO, SearchSettings
 from eckart.results import environment, to_json
 from eckart.scoring import prepare, score, summarize
 from eckart.surgery import applied
@@ -43,11 +43,21 @@ from eckart.tasks import Example, Task, make_task, read_task, split
 
 RESULTS = Path(__file__).parent / "results"
 PAIRS = (
-    "stories260K:epistemic_reasoning",
+    *(f"pebble-7m:{task}" for task in ("book_cloze", "story_cloze", "blimp_half", "epistemic_reasoning", "truthfulqa")),
     "stories260K:story_cloze",
-    "pebble-7m:epistemic_reasoning",
-    "pebble-7m:book_cloze",
+    "stories260K:story_continuation",
+    "stories260K:blimp_half",
+    "stories260K:epistemic_reasoning",
+    "stories260K:fever_paper_dev",
 )
+# Timed against the reference loop.
+SEARCHES: dict[str, dict[str, Any]] = {"race": {"strategy": "race"}, "guided": {"strategy": "guided"}}
+# Run once, for the quality of what they find.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "guided, by loss": {"strategy": "guided", "select": "loss"},
+    "guided, blocks 1, 2, 4": {"strategy": "guided", "blocks": (1, 2, 4)},
+    "guided, 3 together": {"strategy": "guided", "compose": 3},
+}
 
 Grid = Sequence[tuple[Matrix, list[Edit]]]
 
@@ -68,10 +78,6 @@ class Case:
         """Every edit with its matrix, from the first layer to the last."""
         pairs = [(matrix, edit) for matrix, edits in self.grid for edit in edits]
         return sorted(pairs, key=lambda pair: pair[0].layer or 0)
-
-    @property
-    def layers(self) -> list[int]:
-        return sorted({matrix.layer or 0 for matrix, _ in self.grid})
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -99,35 +105,33 @@ def open_case(pair: str, options: argparse.Namespace) -> Case:
     return Case(model, tokenizer, task, settings, matrices, make_grid(matrices, settings))
 
 
-def time_search(case: Case) -> tuple[SearchResult, dict[str, Any]]:
-    """Run eckart's search; a layer's time runs from the end of the layer before it.
-
-    Layer 0's time includes tokenisation and the unedited model; the last entry is the proof on the test examples.
-    """
-    stamps: list[tuple[int, float]] = []
+def run_search(case: Case, settings: dict[str, Any], workers: int) -> tuple[SearchResult, dict[str, Any]]:
+    """Run one of eckart's searches, and time it."""
     started = time.perf_counter()
-    result = search(
-        case.model,
-        case.tokenizer,
-        case.task,
-        case.settings,
-        progress=lambda progress: stamps.append((progress.done, time.perf_counter())),
-    )
-    ended = time.perf_counter()
-    layers, begin, done = {}, started, 0
-    for layer in case.layers:
-        done += sum((matrix.layer or 0) == layer for matrix, _ in case.edits)
-        end = next(stamp for count, stamp in stamps if count >= done)
-        layers[layer] = end - begin
-        begin = end
-    timings = {
-        "seconds": ended - started,
-        "layer_seconds": layers,
-        "proof_seconds": ended - begin,
-        "examples": result.facts["trials"]["examples"],
-        "engine_seconds": result.facts["seconds"],
+    chosen = case.settings.model_copy(update=settings)
+    result = search(case.model, case.tokenizer, case.task, chosen, workers=workers)
+    return result, {"seconds": time.perf_counter() - started, "of_that": result.facts["seconds"]}
+
+
+def found_by(result: SearchResult) -> dict[str, Any]:
+    """What a search found, and what it cost in examples."""
+    return {
+        "edits": [edit.model_dump(mode="json") for edit in result.plan.edits],
+        "validation": result.best["validation"],
+        "test": result.best["test"],
+        "test_baseline": result.baseline["test"],
+        "test_gain": result.gain,
+        "test_loss_gain": result.loss_gain,
+        "trials": result.facts["trials"],
+        "spearman": spearman(result),
     }
-    return result, timings
+
+
+def spearman(result: SearchResult) -> float | None:
+    """Rank correlation of the predicted with the measured loss, over the edits that were scored to the end."""
+    measured = {t.edits: t.validation["loss"].value for t in result.trials if t.stopped is None}
+    pairs = [(p.total, measured[(p.edit,)]) for p in result.predictions if (p.edit,) in measured]
+    return float(stats.spearmanr(*zip(*pairs)).statistic) if len(pairs) > 2 else None
 
 
 def time_reference(case: Case, *, examples: int, edits: int, seed: int) -> dict[str, Any]:
@@ -146,12 +150,8 @@ def time_reference(case: Case, *, examples: int, edits: int, seed: int) -> dict[
             pass
         decompositions.append(_timing(edit, time.perf_counter() - started))
     a_pass = mean(timing["seconds"] for timing in forwards) / len(sample) * len(case.examples)
-    layers = dict.fromkeys(case.layers, 0.0)
-    for (matrix, _), timing in zip(case.edits, decompositions):
-        layers[matrix.layer or 0] += a_pass + timing["seconds"]
     return {
-        "seconds": sum(layers.values()),
-        "layer_seconds": layers,
+        "seconds": sum(a_pass + timing["seconds"] for timing in decompositions),
         "examples_per_second": len(case.examples) / a_pass,
         "sample_examples": len(sample),
         "sample_passes": forwards,
@@ -214,55 +214,60 @@ def check_winner(case: Case, result: SearchResult) -> dict[str, Any]:
     trials = []
     for edit in (edit for _, edits in case.grid for edit in edits):
         with applied(case.model, [edit], case.matrices):
-            trials.append(Trial(edit, measure()))
-    winner = choose(trials, baseline)
-    differences = [abs(a.validation["loss"].value - b.validation["loss"].value) for a, b in zip(result.trials, trials)]
+            trials.append(Trial((edit,), measure()))
+    winner = choose(trials, baseline, Rules("accuracy"))
+    whole = [(a, b) for a, b in zip(result.trials, trials) if a.stopped is None]
     return {
         "edits": len(trials),
-        "same_winner": (winner.edit if winner else None) == winner_of(result),
-        "winner": winner.edit if winner else None,
-        "same_accuracies": sum(
-            a.validation["accuracy"].value == b.validation["accuracy"].value for a, b in zip(result.trials, trials)
-        ),
-        "equal_losses": sum(difference == 0 for difference in differences),
-        "largest_loss_difference": max(differences),
+        "same_winner": (winner.edits if winner else ()) == result.plan.edits,
+        "winner": winner.edits[0] if winner else None,
+        "scored_to_the_end": len(whole),
+        "same_accuracies": sum(a.validation["accuracy"].value == b.validation["accuracy"].value for a, b in whole),
+        "largest_loss_difference": max(abs(a.validation["loss"].value - b.validation["loss"].value) for a, b in whole),
         "seconds": time.perf_counter() - started,
     }
 
 
-def winner_of(result: SearchResult) -> Edit | None:
-    return result.plan.edits[0] if result.plan.edits else None
-
-
 def measure_pair(pair: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one model and task; eckart and the reference take turns."""
+    """Measure one model and task; eckart's searches and the reference take turns."""
     began, load_before = datetime.now(timezone.utc), os.getloadavg()
     case = open_case(pair, options)
     agreement = compare_scores(case, options.reference_examples)  # warms both sides up, too
-    repeats, winners = [], []
+    repeats: list[dict[str, Any]] = []
+    results: dict[str, SearchResult] = {}
     for repeat in range(options.repeats):
-        result, ours = time_search(case)
+        timings: dict[str, Any] = {}
+        for name, settings in SEARCHES.items():
+            # Starting a second process takes seconds, which only a long search wins back.
+            workers = options.workers if name == "race" else 1
+            results[name], timings[name] = run_search(case, settings, workers)
         reference = time_reference(
             case,
             examples=options.reference_examples,
             edits=options.reference_edits,
             seed=options.seed + repeat,
         )
-        repeats.append({"eckart": ours, "reference": reference, **ratios(ours, reference)})
-        winners.append(winner_of(result))
-        print(f"{pair}, repeat {repeat + 1}: {describe(repeats[-1])}", file=sys.stderr, flush=True)
+        ratios = {name: reference["seconds"] / timing["seconds"] for name, timing in timings.items()}
+        repeats.append({"searches": timings, "reference": reference, "ratios": ratios})
+        said = ", ".join(f"{name} {timings[name]['seconds']:.1f} s ({ratio:.0f}x)" for name, ratio in ratios.items())
+        print(
+            f"{pair}, repeat {repeat + 1}: {said}, reference {reference['seconds']:.0f} s", file=sys.stderr, flush=True
+        )
+    if options.variants:
+        for name, settings in VARIANTS.items():
+            results[name], _ = run_search(case, settings, 1)
+    seconds = {name: spread([r["searches"][name]["seconds"] for r in repeats]) for name in SEARCHES}
     return {
         "model": pair.split(":")[0],
         "task": case.task.name,
         "examples": {name: len(part.examples) for name, part in zip(("validation", "test"), case.parts)},
         "edits": len(case.edits),
         "settings": case.settings.model_dump(mode="json"),
-        "winner": winners[0],
-        "winner_gain": result.gain,
-        "same_winner_in_every_repeat": all(winner == winners[0] for winner in winners),
-        "summary": summary(repeats),
+        "found": {name: found_by(result) for name, result in results.items()},
+        "seconds": seconds | {"reference": spread([r["reference"]["seconds"] for r in repeats])},
+        "ratios": {name: spread([r["ratios"][name] for r in repeats]) for name in SEARCHES},
         "agreement": agreement,
-        "check": check_winner(case, result) if options.check_winner else None,
+        "check": check_winner(case, results["race"]) if options.check_winner else None,
         "repeats": repeats,
         "command": shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]),
         "git_commit": git_commit(),
@@ -271,29 +276,6 @@ def measure_pair(pair: str, options: argparse.Namespace) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "load_average": {"start": load_before, "end": os.getloadavg()},
         "environment": environment(),
-    }
-
-
-def ratios(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    layers = {layer: reference["layer_seconds"][layer] / seconds for layer, seconds in ours["layer_seconds"].items()}
-    return {"ratio": reference["seconds"] / ours["seconds"], "layer_ratios": layers}
-
-
-def describe(repeat: dict[str, Any]) -> str:
-    ours, reference = repeat["eckart"]["seconds"], repeat["reference"]["seconds"]
-    return f"eckart {ours:.1f} s, reference {reference:.0f} s, ratio {repeat['ratio']:.1f}"
-
-
-def summary(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the repeats, with the smallest and the largest."""
-    layers = repeats[0]["layer_ratios"]
-    return {
-        "eckart_seconds": spread([r["eckart"]["seconds"] for r in repeats]),
-        "reference_seconds": spread([r["reference"]["seconds"] for r in repeats]),
-        "ratio": spread([r["ratio"] for r in repeats]),
-        "layer_ratios": {layer: spread([r["layer_ratios"][layer] for r in repeats]) for layer in layers},
-        "eckart_examples_per_second": spread([r["eckart"]["examples"] / r["eckart"]["seconds"] for r in repeats]),
-        "reference_examples_per_second": spread([r["reference"]["examples_per_second"] for r in repeats]),
     }
 
 
@@ -314,41 +296,48 @@ def git_commit() -> str:
 
 
 def table(folder: Path) -> str:
-    """Render the saved results as a Markdown table; brackets hold the smallest and the largest."""
-    head = (
-        "Model",
-        "Task",
-        "Examples (choose + prove)",
-        "Edits",
-        "eckart, s",
-        "Reference, s (scaled)",
-        "Ratio",
-        "Ratio, first to last layer",
-        "Examples/s, eckart",
-        "Examples/s, reference",
-        "Winner",
+    """Render the saved results as Markdown: speed, then what was found; brackets hold the smallest and the largest."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("search-*.json"))]
+    results = [result for result in found if "ratios" in result]
+    speed = ("Model", "Task", "Examples (choose + prove)", "Edits", "Reference, s (scaled)")
+    speed += tuple(f"{name}, {what}" for name in SEARCHES for what in ("s", "ratio")) + ("Examples scored by race",)
+    names = sorted({name for result in results for name in result["found"]}, key=[*SEARCHES, *VARIANTS].index)
+    quality = ("Model", "Task", "Unedited", *names)
+    return "\n\n".join(
+        (_markdown(speed, map(_speed, results)), _markdown(quality, (_quality(result, names) for result in results)))
     )
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("search-*.json"))]
-    rows = [head, ("---",) * len(head), *(_row(result) for result in results)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(result: dict[str, Any]) -> tuple[str, ...]:
-    found, winner, examples = result["summary"], result["winner"], result["examples"]
-    layers = [found["layer_ratios"][layer]["median"] for layer in sorted(found["layer_ratios"], key=int)]
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _speed(result: dict[str, Any]) -> tuple[str, ...]:
+    examples = result["examples"]
+    cells = [result["model"], result["task"], f"{examples['validation']} + {examples['test']}", str(result["edits"])]
+    cells.append(_spread(result["seconds"]["reference"]))
+    for name in SEARCHES:
+        cells += [_spread(result["seconds"][name]), _spread(result["ratios"][name])]
+    # The unedited model is scored once on the examples that choose, and three models on those that prove.
+    race = result["found"]["race"]
+    proving = examples["validation"] + (3 if race["edits"] else 1) * examples["test"]
+    share = (race["trials"]["examples"] - proving) / (result["edits"] * examples["validation"])
+    return (*cells, f"{100 * share:.0f} %")
+
+
+def _quality(result: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Test accuracy and loss of each search's winner."""
+    before = result["found"]["race"]["test_baseline"]
+    cells = [result["model"], result["task"], _accuracy_and_loss(before)]
     return (
-        result["model"],
-        result["task"],
-        f"{examples['validation']} + {examples['test']}",
-        str(result["edits"]),
-        _spread(found["eckart_seconds"]),
-        _spread(found["reference_seconds"]),
-        _spread(found["ratio"]),
-        " ".join(f"{ratio:.0f}" for ratio in layers),
-        _spread(found["eckart_examples_per_second"]),
-        _spread(found["reference_examples_per_second"]),
-        f"`{winner['matrix']}` rank {winner['rank']}" if winner else "none",
+        *cells,
+        *(_accuracy_and_loss(result["found"][name]["test"]) if name in result["found"] else "" for name in names),
     )
+
+
+def _accuracy_and_loss(found: dict[str, Any]) -> str:
+    accuracy, loss = found["accuracy"], found["loss"]
+    return f"{100 * accuracy['value']:.1f} ± {100 * accuracy['stderr']:.1f} %, {loss['value']:.3f}"
 
 
 def _spread(values: dict[str, float]) -> str:
@@ -362,12 +351,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pair", action="append", metavar="MODEL:TASK", help=f"may be repeated; default {' '.join(PAIRS)}")
     add("--shared", type=Path, default=Path("../shared"), help="folder that holds models/ and tasks/")
-    add("--rho", type=_list_of(float), default=(0.01, 0.1, 0.6), help="kept fractions, with commas between")
+    add("--rho", type=_list_of(float), default=RHO, help="kept fractions, with commas between")
     add("--layers", type=_list_of(int), help="blocks to search, with commas between; default all")
-    add("--examples-limit", type=int, default=100, help="examples drawn from the task; 0 takes all")
-    add("--reference-examples", type=int, default=200, help="examples the reference loop runs at each sampled edit")
+    add("--examples-limit", type=int, default=500, help="examples drawn from the task; 0 takes all")
+    add("--reference-examples", type=int, default=100, help="examples the reference loop runs at each sampled edit")
     add("--reference-edits", type=int, default=2, help="edits the reference loop runs in each repeat")
     add("--repeats", type=int, default=3, help="turns of either side")
+    add("--workers", type=int, default=2, help="processes of the race, which share the threads")
+    add("--variants", action="store_true", help="also run the searches of VARIANTS once, for what they find")
     add("--check-winner", action="store_true", help="repeat the search by brute force and compare")
     add("--threads", type=int, help="threads of torch; default torch's own")
     add("--seed", type=int, default=0)

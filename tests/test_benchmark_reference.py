@@ -91,7 +91,8 @@ def test_the_benchmark_measures_checks_and_renders(model, tokenizer, task, monke
     benchmark = load_script("search")
     monkeypatch.setattr(benchmark, "load", lambda *_args, **_options: (model, tokenizer))
     monkeypatch.setattr(benchmark, "read_task", lambda _path: task)
-    arguments = ["--rho", "0.1,0.5", "--reference-examples", "4", "--reference-edits", "4", "--repeats", "2"]
+    arguments = ["--rho", "0.1,0.5", "--reference-examples", "4", "--reference-edits", "4"]
+    arguments += ["--repeats", "2", "--workers", "1"]
     monkeypatch.setattr(
         sys, "argv", ["search.py", "--pair", "tiny:words", "--check-winner", "--results", str(tmp_path), *arguments]
     )
@@ -99,12 +100,15 @@ def test_the_benchmark_measures_checks_and_renders(model, tokenizer, task, monke
     found = benchmark.json.loads((tmp_path / "search-tiny-words.json").read_text())
     assert found["edits"] == 3 * 7 * 2
     assert found["check"]["same_winner"]
-    assert found["check"]["same_accuracies"] == found["edits"]
+    assert found["check"]["same_accuracies"] == found["check"]["scored_to_the_end"] > 0
+    assert found["check"]["largest_loss_difference"] < 1e-5
     assert found["agreement"]["same_answer_tokens"] == found["agreement"]["same_prediction"] == 4
     passes = [[timing["matrix"] for timing in repeat["reference"]["sample_passes"]] for repeat in found["repeats"]]
     assert passes[0] != passes[1]
     assert {name.split(".")[2] for name in passes[0]} == {"0", "1", "2"}
     for repeat in found["repeats"]:
-        ours = repeat["eckart"]
-        assert sum(ours["layer_seconds"].values()) + ours["proof_seconds"] == pytest.approx(ours["seconds"])
+        for name, ratio in repeat["ratios"].items():
+            assert ratio == pytest.approx(repeat["reference"]["seconds"] / repeat["searches"][name]["seconds"])
+    trials = found["found"]["race"]["trials"]
+    assert trials["evaluated"] + trials["stopped"] == trials["grid"]
     assert "| tiny | words | 6 + 24 | 42 |" in benchmark.table(tmp_path)

@@ -1,19 +1,26 @@
 """The command line, end to end, on a model of 4,432 parameters."""
 
+import io
 import itertools
 import json
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 import typer
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import tiny_models as tiny
+from eckart import cli
 from eckart.cli import app
 from eckart.ledger import Ledger
 
@@ -24,9 +31,11 @@ SMALL = ("--types", "mlp", "--rho", "0.1,0.5", "--split", "0.4")
 COMMON = {"--device", "--dtype", "--debug"}
 ENCODING = {"--normalize", "--batch-tokens", "--overlong", "--window", "--stride", "--seed", "--recipe", "--json"}
 OPTIONS = {
-    "demo": {"--out", "--json", "--debug"},
+    "demo": {"--out", "--strategy", "--json", "--debug"},
     "search": COMMON | ENCODING | {
-        "model", "--task", "--out", "--strategy", "--shortlist", "--guard", "--blocks", "--clustering",
+        "model", "--task", "--text", "--objective", "--tolerance",
+        "--out", "--strategy", "--select", "--shortlist", "--confidence", "--compose", "--beam",
+        "--guard", "--blocks", "--clustering", "--cache-bytes", "--workers", "--ray",
         "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
         "--controls", "--no-controls", "--shots",
@@ -245,9 +254,12 @@ def test_a_resumed_search_measures_only_what_is_missing(
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "add", interrupted)
         assert invoke(*command).exit_code == 130
+    with closing(sqlite3.connect(tmp_path / "out" / "trials.sqlite")) as book:
+        rows = book.execute("SELECT scores FROM trials WHERE part != 'order'").fetchall()
+    recorded = sum(len(json.loads(scores)["loss"]) for (scores,) in rows)
     succeed(*command)
-    # The unedited model and four edits were recorded, each on 13 examples.
-    assert read(tmp_path / "out")["trials"]["examples"] == read(searched[0])["trials"]["examples"] - 5 * 13
+    whole, resumed = (read(folder)["trials"]["examples"] for folder in (searched[0], tmp_path / "out"))
+    assert recorded == whole - resumed > 0
 
 
 def test_a_killed_search_is_resumed_and_ends_as_if_undisturbed(
@@ -444,9 +456,59 @@ def test_the_demo_finds_a_cut_that_brings_the_facts_back_and_shows_it(tmp_path):
     results = read(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     assert results["best"]["test_gain"]["interval"][0] > 0.5
-    assert results["best"]["edit"]["matrix"] in stdout
+    (edit,) = results["best"]["edits"]
+    assert f"Best edit: {edit['matrix']} (fc_in) to rank 1 of 96" in stdout
     assert all(flip["prompt"] for flip in results["flipped"])
     assert sum(flip["prompt"] in stdout for flip in results["flipped"]) == 5
+
+
+def test_several_edits_are_printed_one_a_line_with_what_was_stopped(tiny_llama_folder, choice_task_file, tmp_path):
+    out = tmp_path / "out"
+    grid = ("--types", "all", "--rho", "0.1,0.3,0.5,0.7", "--split", "0.4", "--select", "loss")
+    options = ("--strategy", "guided", "--compose", "3", "--beam", "2")
+    stdout = succeed("search", tiny_llama_folder, "--task", choice_task_file, "--out", out, *grid, *options).stdout
+    results = read(out)
+    edits = read(out, "plan.json")["edits"]
+    assert len(edits) > 1, "the test needs edits that win together"
+    assert results["best"]["edits"] == edits
+    sets, trials = results["compositions"], results["trials"]
+    said = " ".join(stdout.split())
+    assert f"Predicted {trials['grid']} edits, tried 16 and {len(sets)} sets of them on 13 examples in" in said
+    assert trials["stopped"] == sum(bool(trial["stopped"]) for trial in (*results["grid"], *sets))
+    assert (f"{trials['stopped']} could not win, and were stopped early." in said) == (trials["stopped"] > 0)
+    lines = stdout.split(f"Best edits, {len(edits)} together:\n")[1].splitlines()
+    for line, edit in zip(lines, edits):
+        assert line.strip().startswith(f"{edit['matrix']} ({edit['type']}) to rank {edit['rank']} of ")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(edit["matrix"] in page for edit in edits)
+    assert "Edits together" in page
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_progress_fits_one_line_and_gives_way_at_its_end_only(width, tiny_llama_folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(cli, "errors", Console(stderr=True, width=width, force_terminal=True, highlight=False))
+
+    class Recorded(cli.Progress):
+        def update(self, task, **fields):
+            super().update(task, **fields)
+            screen = Console(width=width, file=io.StringIO(), force_terminal=False)
+            screen.print(self.get_renderable())
+            shown.append(screen.file.getvalue().rstrip("\n"))
+
+    monkeypatch.setattr(cli, "Progress", Recorded)
+    path = tmp_path / "task.jsonl"
+    line = {"prompt": "the ant lives in the", "choices": ["house", "field"], "answer": 0}
+    path.write_text("\n".join(json.dumps(line | {"answer": n % 2}) for n in range(40)), encoding="utf-8")
+    edits = ("--types", "all", "--rho", "0.1,0.5", "--compose", "2", "--select", "loss")
+    succeed("search", tiny_llama_folder, "--task", path, "--out", tmp_path / "out", *edits)
+    assert shown
+    assert all("\n" not in line and len(line) <= width for line in shown)
+    for stage in ("searching", "composing", "proving"):
+        assert any(line.startswith(stage) for line in shown), stage
+    assert any("/28 edits" in line for line in shown)
+    assert any(re.search(r"\d/\d+ sets", line) for line in shown)
+    assert any("best accuracy" in line for line in shown)
 
 
 def test_the_program_starts_as_a_module_too():
@@ -466,3 +528,27 @@ def test_control_characters_and_markup_of_a_task_do_not_reach_the_terminal(progr
     assert result.status == 0, result.err
     assert "\x1b" not in result.out + result.err
     assert "[bold]" in result.out + result.err
+
+
+def test_a_text_without_labels_is_searched_by_perplexity_and_by_agreement(tiny_llama_folder, tmp_path):
+    text = tmp_path / "plain.txt"
+    text.write_text("\n".join(tiny.sentence(20, i) for i in range(400)), encoding="utf-8")
+    options = ("--text", text, "--types", "mlp", "--rho", "0.1,0.5", "--window", "32", "--strategy", "guided")
+    result = succeed("search", tiny_llama_folder, *options, "--out", tmp_path / "by_perplexity")
+    assert read(tmp_path / "by_perplexity")["recipe"]["objective"] == "perplexity"
+    assert "perplexity" in result.stdout
+    agreement = ("--objective", "agreement", "--tolerance", "0.5", "--compose", "2")
+    succeed("search", tiny_llama_folder, *options, *agreement, "--out", tmp_path / "by_agreement")
+    found = read(tmp_path / "by_agreement")
+    assert found["best"]["edits"]
+    assert found["best"]["validation"]["divergence"]["value"] <= 0.5
+    page = (tmp_path / "by_agreement" / "report.html").read_text(encoding="utf-8")
+    assert "within the tolerance of 0.5" in page or "beyond the tolerance of 0.5" in page
+    assert found["task"]["validation"] + found["task"]["test"] >= 20
+
+
+def test_a_search_needs_a_task_or_a_text_and_not_both(tiny_llama_folder, choice_task_file, text_file, tmp_path):
+    for given in ((), ("--task", choice_task_file, "--text", text_file)):
+        result = invoke("search", tiny_llama_folder, *given, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "--text" in result.output

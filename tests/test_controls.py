@@ -379,7 +379,7 @@ def test_int8_is_the_rounded_matrix_in_the_place_of_the_cut(name):
     assert control.scores.loss == pytest.approx(expected.loss, abs=1e-5)
     assert control.scores.loss != pytest.approx(score(model, tokenizer, encoded).loss, abs=1e-7)
     out, into = matrix.shape
-    assert control.facts == {"matrix": matrix.name, "bytes": out * into + 4 * out, "dense_bytes": 4 * out * into}
+    assert control.facts == {"matrices": [matrix.name], "bytes": out * into + 4 * out, "dense_bytes": 4 * out * into}
 
 
 def test_gains_are_paired_with_the_unedited_model():
@@ -390,7 +390,7 @@ def test_gains_are_paired_with_the_unedited_model():
     baseline = score(model, tokenizer, encoded)
     said = []
     found, missing = measure_controls(
-        model, tokenizer, validation, encoded, edit, matrices, SETTINGS, baseline=baseline, progress=said.append
+        model, tokenizer, validation, encoded, (edit,), matrices, SETTINGS, baseline=baseline, progress=said.append
     )
     assert said == ["control few_shot", "control lora", "control int8"]
     expected = few_shot(model, tokenizer, validation, encoded, SETTINGS).scores
@@ -463,7 +463,8 @@ def test_the_program_prints_and_writes_every_control(tiny_llama_folder, choice_t
         again[name].pop("seconds")
     assert again == found
     page = (tmp_path / "a" / "report.html").read_text()
-    assert "What else could one do" in page
+    assert "Few-shot" in page
+    assert "int8" in page
     assert to_json(found)
 
 
@@ -479,7 +480,7 @@ def test_a_real_model_gets_every_control_and_is_left_as_it_was(shared):
     baseline = score(model, tokenizer, encoded)
     edit = make_edit(find_matrices(model)[3], 0.2)
     found, missing = measure_controls(
-        model, tokenizer, validation, encoded, edit, find_matrices(model), SearchSettings(), baseline=baseline
+        model, tokenizer, validation, encoded, (edit,), find_matrices(model), SearchSettings(), baseline=baseline
     )
     assert missing == ()
     assert list(found) == ["few_shot", "lora", "int8"]

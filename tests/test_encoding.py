@@ -74,7 +74,7 @@ def test_a_token_that_straddles_the_border_belongs_to_the_answer():
         bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
         vocabulary = {"a b": 7, "a": 5, "b": 6, "c": 8, " ": 9}
 
-        def __call__(self, texts, add_special_tokens=True):
+        def __call__(self, texts, add_special_tokens=True, **_options):
             rows = [
                 [1] * add_special_tokens + [self.vocabulary[piece] for piece in re.findall("a b|.", text)]
                 for text in ([texts] if isinstance(texts, str) else texts)

@@ -57,6 +57,19 @@ def test_only_what_was_added_is_known():
     ledger.close()
 
 
+def test_a_note_is_kept_and_only_that_one(path):
+    ledger = Ledger(path, PRINT)
+    assert not ledger.noted("a")
+    for _ in range(2):
+        ledger.note("a")
+    ledger.close()
+    again = Ledger(path, PRINT)
+    assert again.noted("a")
+    assert not again.noted("b")
+    assert again.empty
+    again.close()
+
+
 def test_adding_twice_is_adding_once(path):
     ledger = Ledger(path, PRINT)
     two = {0: BlockScores([0.1], [True], ["a"]), 1: BlockScores([0.2], [False], ["b"])}

@@ -69,7 +69,7 @@ def search_results(layers=5, stacks=("model.layers",), rhos=RHOS, seed=0):
                         "accuracy": accuracy(round((0.452 + gain) * validation) / validation, validation),
                         "loss": loss(2.31 - 1.4 * help_ + 6 * harm + noise.gauss(0, 0.02), validation),
                     }
-                    grid.append({"edit": edit_of(layer, kind, rho, stack), "validation": measured})
+                    grid.append({"edit": edit_of(layer, kind, rho, stack), "validation": measured, "stopped": None})
     best = max(grid, key=lambda t: (t["validation"]["accuracy"]["value"], -t["validation"]["loss"]["value"]))
     flipped = [flip(i, before=False) for i in range(14)] + [flip(i, before=True) for i in range(3)]
     rank = best["edit"]["rank"]
@@ -87,7 +87,8 @@ def search_results(layers=5, stacks=("model.layers",), rhos=RHOS, seed=0):
         },
         "best": {
             "plan": "plan.json",
-            "edit": best["edit"],
+            "edits": [best["edit"]],
+            "cost": {"numbers": 640 * rank, "integers": 0, "flops": 1280 * rank},
             "validation": best["validation"],
             "test": {"accuracy": accuracy(0.734375, test), "loss": loss(1.871, test)},
             "test_gain": measure(0.28125, 0.029, test) | {"interval": [0.2244, 0.3381], "p_value": 3.2e-19},
@@ -97,8 +98,12 @@ def search_results(layers=5, stacks=("model.layers",), rhos=RHOS, seed=0):
             "majority": {"accuracy": accuracy(0.5156, test), "answer": "the second ending"},
             "random_basis": {"accuracy": accuracy(0.4406, test), "loss": loss(2.93, test)},
         },
-        "trials": {"grid": len(grid), "evaluated": len(grid), "examples": len(grid) * validation},
+        "trials": {
+            "grid": len(grid), "evaluated": len(grid), "stopped": 0, "examples": len(grid) * validation,
+            "prefix_cache_bytes": 24_891_904,
+        },
         "grid": grid,
+        "compositions": [],
         "spectrum": {
             "matrix": best["edit"]["matrix"], "rank": rank,
             "singular_values": [9.4 * math.exp(-i / 9) + 1.9 * (1 - i / 140) for i in range(128)],
@@ -109,6 +114,7 @@ def search_results(layers=5, stacks=("model.layers",), rhos=RHOS, seed=0):
         "environment": {"eckart": "0.1.0", "torch": "2.13.0", "transformers": "5.20.0", "python": "3.12.3"},
         "recipe": {
             "model": "models/stories260K", "seed": 0, "device": "cpu", "dtype": "float32",
+            "select": "accuracy",
             "search": {"strategy": "exhaustive", "types": list(TYPES), "layers": "all", "rho": list(rhos)},
             "task": {"name": "story_cloze", "split": 0.2, "normalize": "none"},
         },
@@ -147,7 +153,7 @@ def empty_plan_results():
     """A search in which nothing beat the unedited model."""
     results = search_results(layers=2, rhos=(0.1, 0.9))
     results["best"] = {
-        "plan": "plan.json", "edit": None, "validation": results["baseline"]["validation"],
+        "plan": "plan.json", "edits": [], "cost": None, "validation": results["baseline"]["validation"],
         "test": results["baseline"]["test"], "test_gain": None, "test_loss_gain": None,
     }  # fmt: skip
     for trial in results["grid"]:
@@ -164,7 +170,7 @@ def moe_results():
         name = f"decoder.block.1.experts.gate_up_proj[{expert}]:fc_in"
         edit = edit_of(1, "fc_in", 0.2, "decoder.block") | {"matrix": name}
         measured = {"accuracy": accuracy(0.3 + 0.05 * expert, 80), "loss": loss(2.0, 80)}
-        results["grid"].append({"edit": edit, "validation": measured})
+        results["grid"].append({"edit": edit, "validation": measured, "stopped": None})
     outside = edit_of(0, "fc_in", 0.2) | {
         "matrix": "lm_head",
         "layer": None,
@@ -172,7 +178,7 @@ def moe_results():
         "stack": None,
     }
     ruined = {"accuracy": accuracy(0.0, 80), "loss": measure(math.nan, math.nan, 80, "nats/token")}
-    results["grid"].append({"edit": outside, "validation": ruined})
+    results["grid"].append({"edit": outside, "validation": ruined, "stopped": None})
     return results
 
 
@@ -200,10 +206,31 @@ def compared_results(**options):
     for name, value, facts in (
         ("few_shot", 0.4406, {"shots": 5, "shortened": 12}),
         ("lora", 0.7219, {"trainable": 46_240, "modules": 35, "examples": 64, "held_out": 16, "epochs": 3}),
-        ("int8", 0.4531, {"bytes": 11_264, "dense_bytes": 44_032}),
+        ("int8", 0.4531, {"matrices": ["a.b"], "bytes": 11_264, "dense_bytes": 44_032}),
     ):
         measured = {"accuracy": accuracy(value, 320), "loss": loss(2.1, 320), "gain": gain, "loss_gain": loss_gain}
         results["controls"][name] = measured | facts | {"seconds": 1.5}
+    return results
+
+
+def composed_results(**options):
+    """A race with sets of edits: three win together, most others were stopped, by a proof or by a test."""
+    results = compared_results(**options)
+    singles = [results["best"]["edits"][0], edit_of(0, "q_proj", 0.2), edit_of(0, "k_proj", 0.2)]
+    proof = {"metric": "accuracy", "at_best": 0.7, "to_beat": 0.75, "p_value": None, "level": None, "looks": None}
+    test = {"metric": "loss", "at_best": 2.9, "to_beat": 2.2, "p_value": 3.2e-6, "level": 1e-4, "looks": 3}
+    for index, trial in enumerate(results["grid"]):
+        if trial["edit"] not in singles:
+            trial["stopped"] = test if index % 2 else proof
+            trial["validation"] = {"accuracy": accuracy(0.05, 34), "loss": loss(2.9, 34)}
+    sets = [(singles[:2], 0.75, None), (singles[::2], 0.7375, None), (singles, 0.775, None), (singles[1:], 0.5, proof)]
+    for edits, value, stopped in sets:
+        count = 34 if stopped else 80
+        measured = {"accuracy": accuracy(value, count), "loss": loss(2.5 - value, count)}
+        results["compositions"].append({"edits": edits, "validation": measured, "stopped": stopped})
+    results["best"] |= {"edits": singles, "validation": results["compositions"][2]["validation"]}
+    results["best"]["cost"] = {"numbers": 49_152, "integers": 512, "flops": 98_304}
+    results["controls"]["int8"]["matrices"] = [edit["matrix"] for edit in singles]
     return results
 
 
@@ -218,8 +245,7 @@ def hostile_results():
     results["environment"], results["recipe"], results["seconds"] = {bad: bad}, {bad: {bad: bad}}, {bad: 1.0}
     for example in results["flipped"]:
         example |= dict.fromkeys(("prompt", "answer", "before", "after"), bad)
-    winner = results["best"]["edit"]
-    for edit in [*(trial["edit"] for trial in results["grid"]), winner]:
+    for edit in [*(trial["edit"] for trial in results["grid"]), *results["best"]["edits"]]:
         edit |= {"matrix": bad, "type": edit["type"] + HOSTILE[1], "stack": f"{edit['stack']}{HOSTILE[4]}"}
         edit["weighting"] = bad
     results["spectrum"]["matrix"] = results["best"]["plan"] = bad
@@ -276,12 +302,13 @@ def payload(page):
 ALL = {
     "search": search_results, "text": text_results, "empty": empty_plan_results, "moe": moe_results,
     "evaluate": evaluate_results, "hostile": hostile_results, "compared": compared_results,
+    "composed": composed_results,
 }  # fmt: skip
 
 
 def test_a_search_report_has_every_section_in_order(page):
     titles = (
-        "story_cloze on stories260K", "Before and after", "Every edit", "How deep to cut", "What was cut",
+        "story_cloze on stories260K", "Before and after", "The plan", "Every edit", "How deep to cut", "What was cut",
         "The best edits on validation", "Controls", "Examples that changed", "Settings, versions, time",
     )  # fmt: skip
     places = [page.words.index(title, page.words.index("eckart search")) for title in titles]
@@ -289,7 +316,7 @@ def test_a_search_report_has_every_section_in_order(page):
 
 
 def test_the_verdict_says_what_was_cut_the_gain_and_how_sure_it_is(page, results):
-    edit = results["best"]["edit"]
+    (edit,) = results["best"]["edits"]
     assert (
         f"Cutting {edit['type']} of layer {edit['layer']} to rank {edit['rank']} of 128 (rho {edit['rho']}) "
         "raises test accuracy from 0.453 ± 0.028 to 0.734 ± 0.025 (gain +0.281, 95 % interval 0.22 to 0.34, "
@@ -312,7 +339,7 @@ def test_a_gain_that_the_test_does_not_show_is_not_called_one(interval, words):
 def test_an_empty_plan_is_said_plainly_and_still_shows_the_grid():
     page = Page(render(empty_plan_results()))
     assert "None of the 28 edits tried beat the unedited model on validation, so the plan is" in page.words
-    assert payload(page)["winner"] is None
+    assert payload(page)["winners"] == []
     assert "What was cut" not in page.words
 
 
@@ -320,7 +347,7 @@ def test_a_text_task_speaks_of_loss_and_perplexity_only():
     page = Page(render(text_results()))
     assert "lowers test loss from 2.344 ± 0.050 to 2.301 ± 0.050 nats/token (change −0.043" in page.words
     assert "perplexity 10.42 ± 0.31 9.98 ± 0.29" in page.words
-    assert "accuracy" not in page.words
+    assert "accuracy" not in page.words.split("Settings, versions")[0]  # the settings hold `select`
     assert payload(page)["metrics"] == ["loss"]
 
 
@@ -333,10 +360,11 @@ def test_every_measurement_of_the_winner_appears(page, results):
 
 
 def test_the_heat_map_holds_each_edit_once_and_the_winner_in_its_place(page, results):
-    data, edit = payload(page), results["best"]["edit"]
+    data, (edit,) = payload(page), results["best"]["edits"]
     shown = [i for matrix in data["cells"]["accuracy"][:-1] for row in matrix for i in row]
     assert sorted(shown) == list(range(len(results["grid"])))
-    won = data["winner"]
+    (won,) = data["winners"]
+    assert data["start"] == won["rho"]
     assert (data["types"][won["column"]], data["rows"][won["row"]]["layer"]) == (edit["type"], edit["layer"])
     assert data["rhos"][won["rho"]] == f"{edit['rho']:g}"
     cell = data["edits"][data["cells"]["accuracy"][won["rho"]][won["row"]][won["column"]]]
@@ -364,14 +392,124 @@ def test_stacks_experts_and_outer_matrices_keep_their_places():
     assert data["edits"][outside]["loss"] == [None, None]
 
 
+def stop_first(results, **proof):
+    """Stop the first edit of the grid after 8 examples, all of them right."""
+    results["grid"][0] |= {
+        "validation": {"accuracy": accuracy(1.0, 8), "loss": loss(0.1, 8)},
+        "stopped": {"metric": "accuracy", "at_best": 0.61, "to_beat": 0.62} | proof,
+    }
+    return results
+
+
+PROOF = {"p_value": None, "level": None, "looks": None}
+
+
 def test_an_edit_that_a_race_stopped_never_outranks_a_finished_one():
-    results = search_results(layers=2, rhos=(0.1, 0.2))
-    results["grid"][0]["validation"] = {"accuracy": accuracy(1.0, 8), "loss": loss(0.1, 8)}
-    page = Page(render(results))
+    page = Page(render(stop_first(search_results(layers=2, rhos=(0.1, 0.2)), **PROOF)))
     first = page.words.split("Matrix 1 ")[1][:40]
     assert not first.startswith("q_proj 0 0.1")
     data = payload(page)
     assert data["edits"][data["cells"]["accuracy"][-1][0][0]]["rho"] == "0.2"
+
+
+def test_what_was_measured_on_a_part_of_the_examples_is_never_compared_with_all_of_them():
+    page = Page(render(stop_first(search_results(layers=1, rhos=(0.1,)), **PROOF)))
+    (point,) = [edit for edit in payload(page)["edits"] if "stopped" in edit]
+    assert {"accuracy", "loss"}.isdisjoint(point)
+    assert point["bound"] == {"accuracy": 0.61}
+    assert "1.000" not in page.words
+    assert payload(page)["limits"]["accuracy"] < 0.5  # the stopped edit's 1.000 does not stretch the colours
+    assert "Grey edits were stopped early" in page.words
+
+
+@pytest.mark.parametrize(
+    ("proof", "words"),
+    [
+        (PROOF, "stopped after 8 examples: accuracy at best 0.610, needs 0.620"),
+        (PROOF | {"at_best": 0.6199, "to_beat": 0.6201}, "accuracy at best 0.6199, needs 0.6201"),
+        (
+            {"metric": "loss", "p_value": 3.2e-6, "level": 1e-4, "looks": 3},
+            "loss 0.610 against 0.620 on these; p = 3.2 × 10⁻⁶, level 1.0 × 10⁻⁴, 3 looks",
+        ),
+    ],
+)
+def test_the_table_says_why_an_edit_was_stopped(proof, words):
+    page = Page(render(stop_first(search_results(layers=1, rhos=(0.1, 0.2)), **proof)))
+    assert words in page.words
+    assert words in plain(next(edit["stopped"] for edit in payload(page)["edits"] if "stopped" in edit))
+
+
+def test_the_report_says_what_was_tried_and_what_stopping_saved():
+    # 277 of 280 edits and one of four sets were stopped after 34 of 80 examples.
+    page = Page(render(composed_results()))
+    assert "The search tried all 280 edits of the grid, and 4 sets of them." in page.words
+    seen, most = 278 * 34 + (3 + 3) * 80, 284 * 80
+    assert seen == sum(
+        trial["validation"]["loss"]["count"]
+        for trial in (*composed_results()["grid"], *composed_results()["compositions"])
+    )
+    assert (
+        f"278 could not win or surely lost and were stopped early, so that {seen} of 22 720 examples were scored "
+        f"({100 - 100 * seen / most:.0f} % saved). The prefix cache held at most 24.9 MB."
+    ) in page.words
+    guided = search_results(layers=1)
+    guided["trials"]["grid"] = 270
+    assert "The search tried the 56 of 270 edits that a gradient predicted to be best." in Page(render(guided)).words
+
+
+def test_several_edits_are_all_named_in_the_headline_and_grow_in_the_table():
+    results = composed_results()
+    page = Page(render(results))
+    first = results["best"]["edits"][0]
+    assert page.words.split("Cutting ")[1].startswith(
+        f"{first['type']} of layer {first['layer']} to rank {first['rank']} of 128 (rho {first['rho']:g}), "
+        "q_proj of layer 0 to rank 25 of 128 (rho 0.2) and k_proj of layer 0 to rank 25 of 128 (rho 0.2) together "
+        "raises test accuracy from 0.453"
+    )
+    table = page.words.split("The plan ")[1].split("Every edit")[0]
+    best = results["grid"][[t["edit"] for t in results["grid"]].index(first)]["validation"]["accuracy"]["value"]
+    gains = (best - 0.4625, 0.75 - best, 0.775 - 0.75)
+    assert [table.index(f"{name} of layer") for name in (first["type"], "q_proj", "k_proj")] == sorted(
+        table.index(f"{name} of layer") for name in (first["type"], "q_proj", "k_proj")
+    )
+    places = [table.index(f"{gain:+.3f}".replace("-", "−")) for gain in gains]
+    assert places == sorted(places)
+    assert "would take 49 152 numbers instead of 196 608 (25 %), and 512 integers for the order" in table
+    assert "98 304 floating-point operations a token instead of 393 216" in table
+    assert len(payload(page)["winners"]) == 3
+    assert "the winner's 3 matrices rounded to int8" in page.words
+
+
+def test_sets_of_edits_stand_in_a_table_of_their_own_best_first():
+    page = Page(render(composed_results()))
+    table = page.words.split("Edits together ")[1].split("Controls ")[0]
+    assert table.startswith("All 4 sets of edits, by validation accuracy.")
+    places = [table.index(text) for text in ("chosen 0.775", "0.750", "0.738", "accuracy at best 0.700, needs 0.750")]
+    assert places == sorted(places)
+    assert "Edits together" not in Page(render(search_results(layers=1))).words
+    results = composed_results()
+    results["compositions"] *= 10
+    assert "The first 10 of 40 sets of edits" in Page(render(results)).words
+
+
+def test_more_edits_than_a_sentence_holds_are_counted_there_and_named_in_the_plan():
+    results = composed_results()
+    results["best"]["edits"] = [trial["edit"] for trial in results["grid"][:7]]
+    page = Page(render(results))
+    assert "Cutting 7 matrices together raises" in page.words
+    table = page.words.split("The plan ")[1].split("Every edit")[0]
+    assert all(edit["matrix"] in table for edit in results["best"]["edits"])
+
+
+def test_the_metric_that_select_names_leads():
+    results = search_results()
+    results["recipe"]["select"] = "loss"
+    page = Page(render(results))
+    assert "lowers test loss from 2.344" in page.words
+    assert "Validation loss chose the plan" in page.words
+    assert "The first 20 of 280 edits, by validation loss." in page.words
+    least = min(trial["validation"]["loss"]["value"] for trial in results["grid"])
+    assert f"{least:.3f}" in page.words.split("Matrix 1 ")[1][:60]
 
 
 def test_the_table_of_edits_says_that_it_shows_validation_numbers(page):
@@ -382,11 +520,11 @@ def test_the_table_of_edits_says_that_it_shows_validation_numbers(page):
 def test_a_winner_outside_the_first_twenty_is_listed_too():
     results = search_results()
     worst = min(results["grid"], key=lambda trial: trial["validation"]["accuracy"]["value"])
-    results["best"]["edit"] = worst["edit"]
+    results["best"]["edits"] = [worst["edit"]]
     assert "chosen" in Page(render(results)).words
 
 
-def test_controls_stand_between_the_unedited_and_the_edited_model(page):
+def test_the_majority_and_random_components_stand_beside_the_winner(page):
     assert "one answer for every example (“the second ending”) 0.516 ± 0.028" in page.words
     assert "0.441 ± 0.028 2.930 ± 0.050" in page.words
 
@@ -401,29 +539,33 @@ def test_missing_controls_leave_the_rest_of_the_report(missing):
     assert ("Random basis" in words) == (missing == "majority")
 
 
-def test_the_winner_stands_beside_what_else_could_be_done(page):
-    assert "What else could one do" not in page.words
-    words = Page(render(compared_results())).words
-    table = words.split("What else could one do")[1].split("Examples that changed")[0]
-    names = [table.index(f"{name} ") for name in ("Unedited", "Edited", "Few-shot", "LoRA", "int8")]
-    assert names == sorted(names)
-    assert "0.734 ± 0.025 +0.281 (0.22 to 0.34) 1.871 ± 0.050 −0.473 (−0.53 to −0.41) 320" in table
+def controls_of(results):
+    return Page(render(results)).words.split(" Controls ")[1].split("Examples that changed")[0]
+
+
+def test_every_control_stands_beside_the_winner():
+    table = controls_of(compared_results())
+    names = ("Unedited", "Edited", "Majority", "Random basis", "Few-shot", "LoRA", "int8")
+    places = [table.index(f"{name} ") for name in names]
+    assert places == sorted(places)
+    assert "on the same 320 test examples" in table
+    assert "0.734 ± 0.025 +0.281 (0.22 to 0.34) 1.871 ± 0.050 −0.473 (−0.53 to −0.41)" in table
     assert "5 validation examples in front of every prompt; 12 prompts had room for fewer" in table
-    assert "0.441 ± 0.028 −0.013 (−0.05 to 0.03) 2.100 ± 0.050 −0.210 (−0.27 to −0.15) 320" in table
+    assert "0.441 ± 0.028 −0.013 (−0.05 to 0.03) 2.100 ± 0.050 −0.210 (−0.27 to −0.15)" in table
     assert "46 240 parameters trained on 64 validation examples; 16 more chose epoch 3" in table
-    assert "11 264 bytes for 44 032" in table
+    assert "the winner's matrix rounded to int8, not cut: 11 264 bytes for 44 032" in table
 
 
 def test_a_control_that_is_missing_or_speaks_of_loss_only_leaves_the_others():
     results = text_results()
     results["controls"]["lora"] = compared_results(layers=1)["controls"]["lora"] | {"epochs": 0}
     del results["controls"]["lora"]["accuracy"], results["controls"]["lora"]["gain"]
-    table = Page(render(results)).words.split("What else could one do")[1].split("Examples that changed")[0]
+    table = controls_of(results)
     assert "Accuracy" not in table
     assert "Few-shot" not in table
-    assert "16 more chose no training 2.100 ± 0.050 −0.210 (−0.27 to −0.15) 320" in table
-    results["best"]["edit"] = None
-    assert "Edited" not in Page(render(results)).words.split("What else could one do")[1].split("Settings")[0]
+    assert "16 more chose no training 2.100 ± 0.050 −0.210 (−0.27 to −0.15)" in table
+    results["best"]["edits"] = []
+    assert "Edited" not in controls_of(results)
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_results_and_a_dash_in_the_report():
@@ -560,6 +702,13 @@ def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
     assert "became right" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+# A search before several edits could win together: `best` had one edit or none.
+OLD = json.dumps(
+    {name: value for name, value in search_results(layers=1, rhos=(0.1,)).items() if name != "compositions"}
+    | {"best": {"plan": "plan.json", "edit": None}}
+)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -572,6 +721,7 @@ def test_a_lone_surrogate_does_not_stop_the_report(tmp_path):
         ('{"schema_version": 1, "kind": "dance"}', "kind 'dance'"),
         ('{"schema_version": 1, "kind": ["search"]}', "kind \\['search'\\]"),
         ('{"schema_version": 1, "kind": "search"}', "lack a field"),
+        (OLD, "lack a field.*KeyError: 'edits'.*another --out"),
         ('{"schema_version": 1, "kind": "evaluate", "rows": 3, "model": {}}', "lack a field"),
     ],
 )
@@ -596,7 +746,7 @@ def paths(value, path=()):
         yield path
 
 
-@pytest.mark.parametrize("make", [search_results, evaluate_results, compared_results])
+@pytest.mark.parametrize("make", [search_results, evaluate_results, composed_results])
 @pytest.mark.parametrize("bad", ["missing", None, "text", 7])
 def test_a_damaged_field_gives_a_report_or_one_clear_error(monkeypatch, make, bad):
     monkeypatch.setattr(report, "_plotly", lambda: "")
@@ -631,7 +781,7 @@ def browser():
         chromium.close()
 
 
-@pytest.mark.parametrize("name", ["search", "hostile", "text", "evaluate", "compared"])
+@pytest.mark.parametrize("name", ["search", "hostile", "text", "evaluate", "compared", "composed"])
 def test_a_browser_draws_the_report_fits_it_and_asks_for_nothing(browser, tmp_path, name):
     (tmp_path / "results.json").write_text(json.dumps(ALL[name]()))
     address = write_report(tmp_path).as_uri()
@@ -648,13 +798,14 @@ def test_a_browser_draws_the_report_fits_it_and_asks_for_nothing(browser, tmp_pa
             page.wait_for_timeout(150)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate("window.injected") is None
-            if name == "compared":
-                table = page.locator(".alternatives").bounding_box()
-                assert table["x"] + table["width"] <= width
+            for table in page.locator(".comparison").all() if name != "hostile" else ():
+                box = table.bounding_box()
+                assert box["x"] + box["width"] <= width
             if name == "evaluate":
                 continue
             assert page.locator("#heat svg.main-svg").count() > 0
-            assert page.locator("#heat .hm image").count() == 1
+            # A second image holds the cells that were stopped early.
+            assert page.locator("#heat .hm image").count() == (2 if name == "composed" else 1)
             assert page.locator("#lines .scatterlayer .trace").count() > 0
             box = page.locator("#heat svg.main-svg").first.bounding_box()
             assert box["width"] <= width

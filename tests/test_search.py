@@ -16,7 +16,7 @@ from eckart.layout import Block, Pass
 from eckart.ledger import Ledger
 from eckart.matrices import find_blocks, find_matrices, read, select, write
 from eckart.prefix import PrefixCache
-from eckart.race import Trial, choose
+from eckart.race import Rules, Trial, choose
 from eckart.recipe import SearchSettings
 from eckart.results import Measurement, to_json
 from eckart.scoring import prepare, score, summarize
@@ -202,24 +202,25 @@ def measured(accuracy, loss):
 
 def test_ties_go_to_the_lower_loss_then_to_the_smaller_rank():
     base = measured(0.5, 1.0)
-    assert choose([trial(0.6, 0.9, 5), trial(0.7, 2.0, 5)], base, "accuracy").validation["accuracy"].value == 0.7
-    assert choose([trial(0.7, 0.9, 5), trial(0.7, 0.8, 9)], base, "accuracy").edits[0].rank == 9
-    assert choose([trial(0.7, 0.8, 9), trial(0.7, 0.8, 5)], base, "accuracy").edits[0].rank == 5
+    assert choose([trial(0.6, 0.9, 5), trial(0.7, 2.0, 5)], base, Rules("accuracy")).validation["accuracy"].value == 0.7
+    assert choose([trial(0.7, 0.9, 5), trial(0.7, 0.8, 9)], base, Rules("accuracy")).edits[0].rank == 9
+    assert choose([trial(0.7, 0.8, 9), trial(0.7, 0.8, 5)], base, Rules("accuracy")).edits[0].rank == 5
     assert (
-        choose([trial(0.7, 0.8, 5, "first"), trial(0.7, 0.8, 5, "second")], base, "accuracy").edits[0].matrix == "first"
+        choose([trial(0.7, 0.8, 5, "first"), trial(0.7, 0.8, 5, "second")], base, Rules("accuracy")).edits[0].matrix
+        == "first"
     )
 
 
 def test_the_unedited_model_is_a_candidate():
     base = measured(0.5, 1.0)
-    assert choose([], base, "accuracy") is None
-    assert choose([trial(0.5, 1.0, 5), trial(0.4, 0.1, 5)], base, "accuracy") is None
-    assert choose([trial(0.5, 0.99, 5)], base, "accuracy") is not None
-    assert choose([trial(None, math.nan, 5)], measured(None, 1.0), "accuracy") is None
+    assert choose([], base, Rules("accuracy")) is None
+    assert choose([trial(0.5, 1.0, 5), trial(0.4, 0.1, 5)], base, Rules("accuracy")) is None
+    assert choose([trial(0.5, 0.99, 5)], base, Rules("accuracy")) is not None
+    assert choose([trial(None, math.nan, 5)], measured(None, 1.0), Rules("accuracy")) is None
 
 
 def test_without_a_better_edit_the_plan_is_empty(monkeypatch):
-    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline, select: None)
+    monkeypatch.setattr(laser_module, "choose", lambda trials, baseline, rules: None)
     result = search(tiny.build("llama"), tiny.tokenizer(), labelled(), SMALL)
     assert result.plan.edits == ()
     assert result.gain is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,7 @@ import typer
 from rich import box, markup
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from eckart.errors import EckartError
 
@@ -32,6 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Low-rank surgery on transformers: find the matrix to cut, prove the gain, ship the model.",
 )
+# A text of fewer documents is cut into passages: some must choose, the others prove.
+TEXT_EXAMPLES = 20
 errors = Console(stderr=True, highlight=False)
 output = Console(highlight=False)
 
@@ -74,9 +76,14 @@ def _program(
 
 
 @app.command()
-def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = False) -> None:
+def demo(
+    out: Out = Path("eckart-demo"),
+    strategy: Annotated[str, typer.Option(help="exhaustive (fills the report's map), race or guided.")] = "exhaustive",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Run the main job, offline, on a model that ships with eckart."""
-    from eckart.recipe import SearchSettings
+    from eckart.recipe import SearchSettings, make_settings
     from eckart.tasks import read_task
 
     folder = Path(str(files("eckart") / "demo"))
@@ -86,7 +93,7 @@ def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = Fals
             "A small Llama learned facts about countries from sentences in which the answer\n"
             "was often replaced by 'unknown'. Which matrix hides the facts?"
         )
-        found = _search(str(folder), task, out, SearchSettings(), json=json)
+        found = _search(str(folder), task, out, make_settings(SearchSettings, {"strategy": strategy}), json=json)
         if not json:
             _print_search(found)
             _print_questions(found)
@@ -96,8 +103,13 @@ def demo(out: Out = Path("eckart-demo"), json: Json = False, debug: Debug = Fals
 @app.command()
 def search(
     model: Model,
-    task: Annotated[Path, typer.Option(help="JSON Lines file with labelled examples.", show_default=False)],
     out: Out,
+    task: Annotated[Path | None, typer.Option(help="JSON Lines file with labelled examples.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file, for people without labels.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Of --text: perplexity or agreement.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Nats/token that agreement may cost.  [default: 0.01]")
+    ] = None,
     strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.  [default: race]")] = None,
     select: Annotated[str | None, typer.Option(help="The best edit has the best 'accuracy' or 'loss'.")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Edits that --strategy guided measures.  [default: 16]")] = None,
@@ -140,10 +152,14 @@ def search(
     """Find the matrix whose cut helps most, and prove the gain."""
     from eckart.recipe import SearchSettings, make_settings
     from eckart.run import forecast_search
-    from eckart.tasks import read_task
+    from eckart.tasks import read_task, read_text
 
     with _reported(debug, resume=True):
+        if (task is None) == (text is None):
+            raise typer.BadParameter("give --task, or --text for people without labels")
         given: dict[str, Any] = {
+            "objective": objective or ("perplexity" if text else None),
+            "tolerance": tolerance,
             "strategy": strategy,
             "select": select,
             "shortlist": shortlist,
@@ -174,7 +190,7 @@ def search(
             "stride": stride,
         }
         settings = make_settings(SearchSettings, given, recipe)
-        examples_read = read_task(task)
+        examples_read = read_task(task) if task else read_text(text or "", passages=TEXT_EXAMPLES)
         if dry_run:
             _print_forecast(forecast_search(model, examples_read, settings, device=device, dtype=dtype), json)
             return
@@ -302,8 +318,8 @@ def main() -> None:
 @contextmanager
 def _reported(debug: bool, resume: bool = False) -> Iterator[None]:
     """Turn errors into one message and an exit status: 1 bad input, 130 interrupted."""
-    _silence_transformers()
     try:
+        _silence_transformers()
         yield
     except EckartError as error:
         if debug:
@@ -345,25 +361,28 @@ def _search(
         errors.print(f"Resuming the unfinished search in {_safe(str(out))}.")
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12 if errors.width < 100 else 30),
         TaskProgressColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
+        # Only this one gives way where the line is too long.
+        TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, expand=True) as bar:
         line = bar.add_task("loading", total=None, facts="")
 
         def show(now: Any) -> None:
-            facts = f"{now.done}/{now.total} edits done, {now.alive} alive"
-            best = f"; best so far: {_describe(now.best)}" if now.best else ""
+            facts = f"{now.done}/{now.total} {'sets' if now.stage == 'composing' else 'edits'}"
+            if now.alive < now.total:
+                facts += f", {now.alive} alive"
+            best = f"; best {_describe(now.best)}" if now.best else ""
             # A stopped edit needs no more examples, so the share of edits that are done tells the time that is left.
             left = now.examples_total * (1 - now.done / now.total) if now.total else 0
             bar.update(
                 line,
                 description=now.stage,
                 completed=now.examples,
-                total=now.examples + left if now.total else None,
-                facts=_safe(f"{now.examples} examples, {facts}{best}"),
+                total=now.examples + left if now.examples_total else None,
+                facts=_safe(f"{facts}{best}"),
             )
 
         found = run_search(
@@ -375,8 +394,13 @@ def _search(
 
 
 def _describe(trial: Any) -> str:
-    name = "accuracy" if "accuracy" in trial.validation else "loss"
-    return f"{'; '.join(map(_short, trial.edits))}: {name} {trial.validation[name].value:.3f}"
+    name = _leading(trial.validation)
+    return f"{name} {trial.validation[name].value:.3f} ({'; '.join(map(_short, trial.edits))})"
+
+
+def _leading(found: Mapping[str, Any]) -> str:
+    """The measurement that says most."""
+    return next(name for name in ("accuracy", "loss", "divergence") if name in found)
 
 
 def _short(edit: Any) -> str:
@@ -384,21 +408,38 @@ def _short(edit: Any) -> str:
     return f"{edit.type}, {place}, ρ {edit.rho:g}"
 
 
-def _print_search(found: SearchResult) -> None:
+def _tried(found: SearchResult) -> str:
+    """How much was tried, and how much of it was stopped early and why."""
     task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
-    guided = f"Predicted {trials['grid']} edits and tried" if len(found.trials) < trials["grid"] else "Tried"
-    together = f" and {len(found.compositions)} sets of them" if found.compositions else ""
-    early = trials["stopped"]
-    output.print(
-        f"\n{guided} {len(found.trials)} edits{together} on {task['validation']} examples in {seconds['total']:.1f} s"
-        f"{f' ({early} could not win and were stopped early)' if early else ''}; "
-        f"the other {task['test']} examples prove."
-    )
-    for edit in found.plan.edits:
+    tried = f"Tried {len(found.trials)} edits"
+    if len(found.trials) < trials["grid"]:
+        tried = f"Predicted {trials['grid']} edits, tried {len(found.trials)}"
+    sets = f" and {len(found.compositions)} sets of them" if found.compositions else ""
+    stops = [trial.stopped for trial in (*found.trials, *found.compositions) if trial.stopped]
+    lost = sum(stopped.p_value is not None for stopped in stops)
+    lines = [f"{tried}{sets} on {task['validation']} examples in {seconds['total']:.1f} s."]
+    if stops:
+        test = f" and {lost} surely lost (sequential test)" if lost else ""
+        lines.append(f"{len(stops) - lost} could not win{test}, and were stopped early.")
+    return "\n".join([*lines, f"The other {task['test']} examples prove."])
+
+
+def _print_edits(edits: Sequence[Any]) -> None:
+    several = len(edits) > 1
+    if several:
+        output.print(f"Best edits, {len(edits)} together:")
+    for edit in edits:
         what = f"rank {edit.rank} of {edit.full_rank} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
         what += f" in each of {edit.blocks} blocks of rows ({edit.clustering})" if edit.blocks > 1 else ""
-        output.print(f"Best edit: [bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}")
+        # A name that the program broke could not be copied.
+        before = "  " if several else "Best edit: "
+        output.print(f"{before}[bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}", soft_wrap=True)
+
+
+def _print_search(found: SearchResult) -> None:
+    output.print(f"\n{_tried(found)}")
     if found.plan.edits:
+        _print_edits(found.plan.edits)
         output.print()
     else:
         output.print("No edit beats the unedited model on the examples that choose. The plan is empty.\n")
@@ -409,7 +450,7 @@ def _print_search(found: SearchResult) -> None:
         table.add_row(name, _number(before), after, _gain(gains.get(name)))
     for name, control in found.controls.items():
         change = _gain(control.get("gain") or control.get("loss_gain")) or "control"
-        table.add_row(name.replace("_", " "), "", _number(control.get("accuracy") or control["loss"]), change)
+        table.add_row(name.replace("_", " "), "", _number(control[_leading(control)]), change)
     output.print(table)
     if found.gain is not None and found.gain.p_value is not None:
         counts = found.flip_counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -14,13 +15,14 @@ from eckart.sweep import Event, Job, Known
 
 
 def connect(
-    address: str, *, threads: int, gpus: int
+    address: str, *, workers: int, threads: int, gpus: int
 ) -> tuple[Callable[[], Hand], Callable[[Sequence[Any]], Sequence[Any]]]:
     """Join a Ray cluster.
 
     Args:
         address: Of its head, `host:port` or `ray://host:port`; or `auto` for the one at hand, which is started on
             this machine if there is none.
+        workers: Number of workers that will be hired.
         threads: CPU cores that each worker takes.
         gpus: GPUs that each worker takes, 0 or 1.
 
@@ -28,7 +30,7 @@ def connect(
         How to hire a worker, and how to wait for workers.
 
     Raises:
-        EckartError: Ray is not installed, or there is no cluster at the address.
+        EckartError: Ray is not installed, there is no cluster at the address, or it is too small.
     """
     try:
         ray: Any = import_module("ray")
@@ -45,12 +47,14 @@ def connect(
             except ConnectionError:
                 if address != "auto":
                     raise
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own calls nobody
                 ray.init(include_dashboard=False, **options)
     except Exception as error:
         raise EckartError(
             f"No Ray cluster answers at '{address}': {error}. 'ray start --head' starts one; 'auto' uses it or starts "
             "one here. Check the address."
         ) from error
+    _check_size(ray.cluster_resources(), address, workers, threads, gpus)
 
     @ray.remote(num_cpus=threads, num_gpus=gpus)
     class Actor:
@@ -86,10 +90,10 @@ def connect(
             try:
                 ray.get(self._begun)
                 return ray.get(next(self.events))
-            except ray.exceptions.RayActorError as error:
-                raise Lost(str(error).splitlines()[0]) from None
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, EckartError) else error from None
+            except ray.exceptions.RayError as error:  # its process, its machine or its memory is gone
+                raise Lost(str(error).splitlines()[0]) from None
 
         def close(self) -> None:
             """As `Hand.close`."""
@@ -101,3 +105,13 @@ def connect(
         return [by_events[id(events)] for events in done]
 
     return RayHand, ready
+
+
+def _check_size(there: Mapping[str, float], address: str, workers: int, threads: int, gpus: int) -> None:
+    """A worker that finds no place would wait for ever, and its job with it."""
+    for what, each in (("CPU", threads), ("GPU", gpus)):
+        if workers * each > there.get(what, 0):
+            raise EckartError(
+                f"{workers} workers with {each} {what} each do not fit the Ray cluster at '{address}', which has "
+                f"{there.get(what, 0):g}. All of them work at the same time. Take fewer --workers, or add machines."
+            )

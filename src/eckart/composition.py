@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eckart.driver import Driver
 from eckart.matrices import Matrix, by_name, overlap
 from eckart.plan import Edit
-from eckart.race import Rival, Trial, merit
+from eckart.race import Rival, Trial, merit, ranked
 from eckart.sweep import Candidate, Route, key_of
 
 
@@ -38,10 +38,14 @@ def compose(
         Every set that was tried, with two edits or more. One that was stopped is no better than the sets it would
         have had to improve on.
     """
-    select = driver.rules.select
-    whole = [trial for trial in singles if trial.stopped is None]
-    best = sorted(whole, key=lambda trial: (*merit(trial.validation, select), trial.rank))[:pool]
-    parents = [trial for trial in best if merit(trial.validation, select) < merit(baseline.measurements, select)][:beam]
+    rules = driver.rules
+
+    def improves(trial: Trial, on: Trial | Rival) -> bool:
+        before = on.validation if isinstance(on, Trial) else on.measurements
+        return merit(trial.edits, trial.validation, rules) < merit(on.edits, before, rules)
+
+    best = ranked(singles, rules)[:pool]
+    parents = [trial for trial in best if improves(trial, baseline)][:beam]
     tried: list[Trial] = []
     for _ in range(most - 1):
         origins: dict[str, tuple[Candidate, Trial]] = {}
@@ -61,13 +65,7 @@ def compose(
             best=parents[0],
         )
         tried.extend(trials)
-        better = [
-            trial
-            for trial in trials
-            if trial.stopped is None
-            and merit(trial.validation, select) < merit(origins[key_of(trial.edits)][1].validation, select)
-        ]
-        parents = sorted(better, key=lambda trial: (*merit(trial.validation, select), trial.rank))[:beam]
+        parents = [trial for trial in ranked(trials, rules) if improves(trial, origins[key_of(trial.edits)][1])][:beam]
         if not parents:
             break
     return tried

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -37,7 +37,7 @@ class Crew(Protocol):
         """Say what the next jobs are about; as for `Worker.begin`."""
         ...
 
-    def work(self, jobs: Sequence[Job], known: Mapping[str, Known]) -> Iterator[Event]:
+    def work(self, jobs: Sequence[Job], known: Mapping[str, Known]) -> Generator[Event]:
         """Do jobs in any order.
 
         Args:
@@ -63,7 +63,7 @@ class Alone:
         """As `Crew.begin`."""
         self.worker.begin(parts, rules)
 
-    def work(self, jobs: Sequence[Job], known: Mapping[str, Known]) -> Iterator[Event]:
+    def work(self, jobs: Sequence[Job], known: Mapping[str, Known]) -> Generator[Event]:
         """As `Crew.work`."""
         for job in jobs:
             yield from self.worker.work(job, known[job.part])
@@ -140,15 +140,16 @@ class Team:
         self.size = size
         self._hire, self._ready, self._orders = hire, ready, orders
         self._hands = [hire() for _ in range(size)]
+        self._told = [False] * size
         self._about: tuple[Mapping[str, Encoded], Rules] = {}, Rules("accuracy")
 
     def begin(self, parts: Mapping[str, Encoded], rules: Rules) -> None:
         """As `Crew.begin`."""
         self._about = {name: _portable(part) for name, part in parts.items()}, rules
         for number in range(self.size):
-            self._attempt(number, lambda hand, number=number: hand.begin(self._orders(number), *self._about))
+            self._talk(number, lambda _hand: None, "the beginning")
 
-    def work(self, jobs: Sequence[Job], known: Mapping[str, Known]) -> Iterator[Event]:
+    def work(self, jobs: Sequence[Job], known: Mapping[str, Known]) -> Generator[Event]:
         """As `Crew.work`."""
         waiting = deque(range(len(jobs)))
         found = [_known_of(job, known) for job in jobs]
@@ -167,7 +168,7 @@ class Team:
                 except Lost as lost:
                     deaths[job] += 1
                     if deaths[job] == TRIES:
-                        raise _unlucky(jobs[job], lost) from None
+                        raise _unlucky(_place(jobs[job]), lost) from None
                     self._replace(number)
                     self._give(number, jobs[job], found[job])
                     continue
@@ -186,20 +187,26 @@ class Team:
             hand.close()
 
     def _give(self, number: int, job: Job, known: Known) -> None:
-        self._attempt(number, lambda hand: hand.give(job, known))
+        self._talk(number, lambda hand: hand.give(job, known), _place(job))
 
-    def _attempt(self, number: int, act: Callable[[Any], None]) -> None:
-        """Talk to a worker; one that died meanwhile is replaced once."""
-        try:
-            act(self._hands[number])
-        except Lost:
-            self._replace(number)
-            act(self._hands[number])
+    def _talk(self, number: int, act: Callable[[Hand], None], place: str) -> None:
+        """Talk to a worker that knows what its jobs are about; one that died meanwhile is replaced."""
+        for left in reversed(range(TRIES)):
+            try:
+                if not self._told[number]:
+                    self._hands[number].begin(self._orders(number), *self._about)
+                    self._told[number] = True
+                act(self._hands[number])
+                return
+            except Lost as lost:
+                if not left:
+                    raise _unlucky(place, lost) from None
+                self._replace(number)
 
     def _replace(self, number: int) -> None:
         self._hands[number].close()
         self._hands[number] = self._hire()
-        self._hands[number].begin(self._orders(number), *self._about)
+        self._told[number] = False
 
 
 def _known_of(job: Job, known: Mapping[str, Known]) -> dict[str, dict[int, BlockScores]]:
@@ -207,8 +214,11 @@ def _known_of(job: Job, known: Mapping[str, Known]) -> dict[str, dict[int, Block
     return {key: dict(known[job.part][key]) for key in keys if key in known[job.part]}
 
 
-def _unlucky(job: Job, lost: Lost) -> EckartError:
-    place = job.start.name if job.start else f"the {job.part} examples"
+def _place(job: Job) -> str:
+    return job.start.name if job.start else f"the {job.part} examples"
+
+
+def _unlucky(place: str, lost: Lost) -> EckartError:
     return EckartError(
         f"{TRIES} workers died at {place} ({lost}). Each worker holds a model of its own, so memory is the usual "
         "reason. Take fewer --workers; the same command resumes."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from eckart import cluster, processes
 from eckart.crew import Alone, Crew, Orders, Team
 from eckart.dataflow import evaluating
 from eckart.encoding import Encoded
+from eckart.errors import RecipeError
 from eckart.ledger import Ledger
 from eckart.matrices import Matrix
 from eckart.race import Measurements, Rival, Rules, Trial, choose, trial_of
@@ -31,6 +32,7 @@ class Progress:
     done: int
     """Candidates scored to the end or stopped, of `total`."""
     total: int
+    """Candidates of this stage; composing finds more as it goes."""
     alive: int
     """Candidates of `total` that a race has not stopped."""
     examples: int
@@ -66,8 +68,10 @@ def open_crew(
         The crew; it is gone on leaving.
 
     Raises:
-        EckartError: Ray is not installed, or there is no cluster at its address.
+        EckartError: No workers are wanted, Ray is not installed, or no cluster that is large enough is at its address.
     """
+    if workers < 1:
+        raise RecipeError(f"{workers} workers cannot search. One or more do. Give workers=1 for this process alone.")
     if workers == 1 and ray is None:
         with evaluating(model), torch.inference_mode():
             yield Alone(Worker(model, tokenizer, normalize=normalize, cache_bytes=cache_bytes))
@@ -83,7 +87,9 @@ def open_crew(
     if ray is None:
         team = Team(processes.Process, processes.ready, orders, workers)
     else:
-        team = Team(*cluster.connect(ray, threads=each, gpus=int(device.type == "cuda")), orders, workers)
+        team = Team(
+            *cluster.connect(ray, workers=workers, threads=each, gpus=int(device.type == "cuda")), orders, workers
+        )
     # The driver scores too, before the others begin: with as many threads as they, so that rounding is the same.
     torch.set_num_threads(each)
     try:
@@ -91,6 +97,20 @@ def open_crew(
     finally:
         torch.set_num_threads(threads)
         team.close()
+
+
+_WHOLE = "the whole model was run"
+"""In the ledger, before the first score that the prefix cache could not help with."""
+
+
+@dataclass
+class _Tally:
+    """What a stage has come to."""
+
+    stage: str
+    done: int = 0
+    stopped: int = 0
+    examples: int = 0
 
 
 class Driver:
@@ -105,6 +125,7 @@ class Driver:
             progress: Called after every block of examples.
         """
         self.crew, self.ledger, self.progress = crew, ledger, progress
+        self._tally = _Tally("")
         self.parts: Mapping[str, Encoded] = {}
         self.rules = Rules("accuracy")
         self.seconds = {"svd": 0.0, "forward": 0.0}
@@ -113,7 +134,7 @@ class Driver:
         """Examples scored, those known from the ledger not counted."""
         self.cache_bytes = 0
         """Most that the prefix cache of a worker held."""
-        self.exact = True
+        self.exact = not ledger.noted(_WHOLE)
         """The prefix cache gave the logits of the whole model, everywhere."""
 
     def begin(self, parts: Mapping[str, Encoded], rules: Rules) -> None:
@@ -140,7 +161,7 @@ class Driver:
         blocks = range(len(self.parts[part].blocks))
         shares = [tuple(blocks[number :: self.crew.size]) for number in range(min(self.crew.size, len(blocks)))]
         jobs = [Job(part, tuple(candidates), start, share) for share in shares]
-        found = self._do(jobs, lambda _key, _found, _ended: None)
+        found = self._do(jobs, lambda _key, _found, _block: None)
         return [assemble(self.parts[part], found[key_of(candidate)]) for candidate in candidates]
 
     def try_all(
@@ -151,6 +172,7 @@ class Driver:
         *,
         stage: str = "searching",
         best: Trial | None = None,
+        later: int = 0,
     ) -> list[Trial]:
         """Score candidates on the examples that choose, up to the end or to where they cannot win any more.
 
@@ -160,28 +182,32 @@ class Driver:
             rival: What stops a candidate; None stops none.
             stage: For the progress.
             best: The best trial before these, for the progress.
+            later: Candidates of this stage that another call tries, for the progress.
 
         Returns:
             One trial a candidate, in their order.
         """
         groups = [(start, tuple(candidates)) for start, candidates in groups]
         encoded = self.parts["validation"]
-        total = sum(len(candidates) for _, candidates in groups)
+        if stage != self._tally.stage:
+            self._tally = _Tally(stage)
+        tally = self._tally
+        total = tally.done + sum(len(candidates) for _, candidates in groups) + later
         by_key = {key_of(candidate): candidate for _, candidates in groups for candidate in candidates}
         trials: dict[str, Trial] = {}
-        stopped = examples = 0
 
-        def tell(key: str, found: Mapping[int, BlockScores], ended: bool) -> None:
-            nonlocal best, stopped, examples
-            if ended:
+        def tell(key: str, found: Mapping[int, BlockScores], block: int | None) -> None:
+            nonlocal best
+            if block is not None:
+                tally.examples += len(encoded.blocks[block].examples)
+            elif key not in trials:  # a worker that takes a dead one's job ends its candidates again
                 trial = trials[key] = trial_of(by_key[key], encoded, found, rival, self.rules)
-                stopped += trial.stopped is not None
-                best = choose([t for t in (best, trial) if t], baseline, self.rules.select) or best
-            else:
-                examples += len(encoded.blocks[max(found)].examples)
+                tally.done += 1
+                tally.stopped += trial.stopped is not None
+                best = choose([t for t in (best, trial) if t], baseline, self.rules) or best
             if self.progress is not None:
-                alive, most = total - stopped, total * encoded.count
-                self.progress(Progress(stage, len(trials), total, alive, examples, most, best, baseline))
+                alive, most = total - tally.stopped, total * encoded.count
+                self.progress(Progress(stage, tally.done, total, alive, tally.examples, most, best, baseline))
 
         self._do([Job("validation", candidates, start, None, rival) for start, candidates in groups], tell)
         return [trials[key] for key in by_key]
@@ -196,10 +222,10 @@ class Driver:
             Its measurements and scores.
         """
         found = self.ledger.known("validation", key_of(trial.edits))
-        return Rival(trial.validation, assemble(self.parts["validation"], found))
+        return Rival(trial.edits, trial.validation, assemble(self.parts["validation"], found))
 
     def _do(
-        self, jobs: Sequence[Job], tell: Callable[[str, Mapping[int, BlockScores], bool], None]
+        self, jobs: Sequence[Job], tell: Callable[[str, Mapping[int, BlockScores], int | None], None]
     ) -> dict[str, dict[int, BlockScores]]:
         found: dict[str, dict[int, BlockScores]] = {}
         for job in jobs:
@@ -208,18 +234,22 @@ class Driver:
                 found[key] = self.ledger.known(job.part, key)
         parts = {job.part for job in jobs}
         assert len(parts) <= 1, "jobs of one call share their examples"
-        for event in self.crew.work(jobs, dict.fromkeys(parts, found)):
-            if isinstance(event, Scored):
-                (part,) = parts
-                self.ledger.add(part, event.key, {event.block: event.scores})
-                found.setdefault(event.key, {})[event.block] = event.scores
-                self.examples += len(self.parts[part].blocks[event.block].examples)
-                tell(event.key, found[event.key], False)
-            elif isinstance(event, Ended):
-                tell(event.key, found[event.key], True)
-            elif isinstance(event, Done):
-                for name, value in event.seconds.items():
-                    self.seconds[name] += value
-                self.exact &= event.exact
-                self.cache_bytes = max(self.cache_bytes, event.cache_bytes)
+        # Closed whatever happens, so that a worker of this process puts its model's weights back.
+        with closing(self.crew.work(jobs, dict.fromkeys(parts, found))) as events:
+            for event in events:
+                if isinstance(event, Scored):
+                    (part,) = parts
+                    if self.exact and not event.exact:
+                        self.ledger.note(_WHOLE)
+                        self.exact = False
+                    self.ledger.add(part, event.key, {event.block: event.scores})
+                    found.setdefault(event.key, {})[event.block] = event.scores
+                    self.examples += len(self.parts[part].blocks[event.block].examples)
+                    tell(event.key, found[event.key], event.block)
+                elif isinstance(event, Ended):
+                    tell(event.key, found[event.key], None)
+                elif isinstance(event, Done):
+                    for name, value in event.seconds.items():
+                        self.seconds[name] += value
+                    self.cache_bytes = max(self.cache_bytes, event.cache_bytes)
         return found

@@ -119,6 +119,7 @@ def encode(
     overlong: Overlong = "error",
     window: int | None = None,
     stride: int | None = None,
+    positions: int | None = None,
     decoder_start: int = 0,
 ) -> Encoded:
     """Tokenise a task and lay it out in batches whose composition never changes.
@@ -136,6 +137,7 @@ def encode(
         window: Tokens of a perplexity window; by default the context, at most 1024.
         stride: Tokens by which windows advance, `1 <= stride <= window`; by default half a window. Only
             tokens that no earlier window scored are scored.
+        positions: Score at most so many tokens of a window, evenly spread; None for all.
         decoder_start: First token of an encoder-decoder's decoder.
 
     Returns:
@@ -150,7 +152,7 @@ def encode(
                 f"{task.name} is a perplexity task, and this model is not causal. Perplexity needs a model that "
                 "predicts the next token. Use a task with answers."
             )
-        items = [[item] for item in _windows(task, tokenizer, context, window, stride)]
+        items = [[item] for item in _windows(task, tokenizer, context, window, stride, positions)]
         gold = [0] * len(items)
     else:
         items = _sequences(task, tokenizer, kind, decoder_start)
@@ -243,12 +245,16 @@ def prompt_tokens(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """
     if not prompts:
         return []
+    # A prompt with several answers is tokenised once.
+    bare_prompts = [prompt.rstrip() for prompt in prompts]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(bare_prompts))}
     bare = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
     starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
     suffix = len(full) - len(bare) - starts[0] if starts else 0
-    batch = tokenizer([prompt.rstrip() for prompt in prompts]).input_ids
-    return [list(ids[: len(ids) - suffix]) for ids in batch]
+    batch = tokenizer(list(numbers), return_attention_mask=False, return_token_type_ids=False).input_ids
+    found = [list(ids[: len(ids) - suffix]) for ids in batch]
+    return [found[numbers[prompt]] for prompt in bare_prompts]
 
 
 def _sequences(task: Task, tokenizer: Any, kind: ModelKind, decoder_start: int) -> list[list[Sequence_]]:
@@ -323,7 +329,7 @@ def _encoder_decoder(pairs: Sequence[tuple[str, str]], tokenizer: Any, start: in
 
 
 def _windows(
-    task: Task, tokenizer: Any, context: int | None, window: int | None, stride: int | None
+    task: Task, tokenizer: Any, context: int | None, window: int | None, stride: int | None, most: int | None
 ) -> list[Sequence_]:
     window = window or min(context or 1024, 1024)
     if context is not None and window > context:
@@ -342,8 +348,11 @@ def _windows(
         start, scored = 0, 1  # the first token has nothing before it
         while scored < len(ids):
             end = min(start + window, len(ids))
-            positions = range(scored - start - 1, end - start - 1)
-            found.append(Sequence_(Row(tuple(ids[start : end - 1])), tuple(positions), tuple(ids[scored:end])))
+            targets = range(scored, end)
+            if most is not None and most < len(targets):
+                targets = [targets[number * len(targets) // most] for number in range(most)]
+            positions = tuple(target - start - 1 for target in targets)
+            found.append(Sequence_(Row(tuple(ids[start : end - 1])), positions, tuple(ids[i] for i in targets)))
             start, scored = min(start + stride, end - 1), end
     if not found:
         raise TaskError(f"No text of {task.name} has two tokens. Perplexity needs at least two. Use longer texts.")

@@ -19,14 +19,15 @@ from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
 from eckart.driver import Driver, Progress, open_crew
 from eckart.encoding import Encoded
+from eckart.errors import TaskError
 from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, coverage, find_matrices, partition, read, select
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.proof import Flip, cheap_controls, prove, warnings_of
-from eckart.race import Measurements, Rival, Rules, Trial, choose, strata_of
+from eckart.race import Measurements, Rival, Rules, Trial, choose, measurements, removed, strata_of
 from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
-from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify, summarize
+from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify
 from eckart.sensitivity import Prediction, predict
 from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
 from eckart.sweep import Candidate, Route, key_of, route_of
@@ -186,6 +187,11 @@ def search(
     """
     settings = settings or SearchSettings()
     started = time.perf_counter()
+    if settings.objective != "task" and task.kind != "text":
+        raise TaskError(
+            f"{task.name} has answers, and objective '{settings.objective}' is about text without labels. Give a text "
+            "(--text FILE on the command line), or leave the objective at 'task'."
+        )
     check_finite(model)
     matrices = find_matrices(model)
     grid = make_grid(matrices, settings)
@@ -223,7 +229,7 @@ def search(
         driver = Driver(crew, book, progress)
         driver.begin(parts, rules)
         (unedited,) = driver.score("validation", [()])
-        baseline = Rival(summarize(parts["validation"], unedited), unedited)
+        baseline = Rival((), measurements(parts["validation"], unedited, rules), unedited)
         began = time.perf_counter()
         predictions = _predict(model, tokenizer, validation, grid, settings)
         predicting = time.perf_counter() - began
@@ -242,7 +248,7 @@ def search(
                 beam=settings.beam,
             )
         tried = [*trials, *compositions]
-        winner = choose(tried, baseline.measurements, settings.select)
+        winner = choose(tried, baseline.measurements, rules)
         proving = Progress("proving", len(tried), len(tried), 0, 0, 0, winner, baseline.measurements)
         if progress is not None:
             progress(proving)
@@ -318,11 +324,11 @@ def _lay_out(
         scores = assemble(encoded, _in_order(model, tokenizer, book, encoded, settings))
     strata = strata_of(encoded.count, scores, confidence=settings.confidence, seed=settings.seed)
     if strata is None:
-        return encoded, Rules(settings.select)
+        return encoded, Rules(settings.best_at, settings.tolerance)
     arranged = stratify(model, encoded, strata)
     ends = [strata[block.examples[0]] for block in arranged.blocks]
     looks = tuple(n for n in range(1, len(ends)) if ends[n] != ends[n - 1])
-    return arranged, Rules(settings.select, settings.confidence, looks)
+    return arranged, Rules(settings.best_at, settings.tolerance, settings.confidence, looks)
 
 
 def _in_order(
@@ -364,11 +370,12 @@ def _singles(
     if settings.strategy == "exhaustive":
         trials = driver.try_all(_groups(route, grid), baseline.measurements, None)
     else:
-        first = _contenders(grid, predictions, settings.shortlist)
-        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline)
+        first = _contenders(grid, predictions, settings.shortlist, driver.rules)
+        others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
+        later = len(others) if settings.strategy == "race" else 0
+        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline, later=later)
         if settings.strategy == "race":
-            best = choose(trials, baseline.measurements, settings.select)
-            others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
+            best = choose(trials, baseline.measurements, driver.rules)
             rival = driver.rival(best) if best else baseline
             trials += driver.try_all(_groups(route, grid, others), baseline.measurements, rival, best=best)
     found = {key_of(trial.edits): trial for trial in trials}
@@ -376,12 +383,20 @@ def _singles(
     return [found[key] for key in keys if key in found]
 
 
-def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int) -> set[str]:
+def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int, rules: Rules) -> set[str]:
     """The edits with the lowest predicted loss; without predictions, edits from all over the grid."""
     if predictions:
-        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: p.total)[:count]}
+        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: _promise(p, rules))[:count]}
     keys = [key_of((edit,)) for _, edits in grid for edit in edits]
     return {keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))}
+
+
+def _promise(prediction: Prediction, rules: Rules) -> tuple[float, float]:
+    if rules.select != "size":
+        return prediction.total, 0.0
+    # A divergence has no first order, and its second is what guards the prediction of the loss.
+    within = prediction.guard <= rules.tolerance
+    return (-float(removed((prediction.edit,))) if within else 0.0), prediction.guard
 
 
 def _groups(route: Route, grid: Grid, wanted: set[str] | None = None) -> list[tuple[Matrix, list[Candidate]]]:
@@ -402,7 +417,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     """Say what a search would do and how long it would take.
 
     Runs the unedited model once on the examples that choose and decomposes the smallest chosen matrix; the
-    rest is scaled from that.
+    rest is scaled from that. Time is that of one worker, and an upper bound: what a race will save is not known.
 
     Args:
         model: As for `search`. Not modified.
@@ -425,10 +440,10 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         began = time.perf_counter()
         score(model, tokenizer, encoded, normalize=settings.normalize)
         a_pass = time.perf_counter() - began
-        smallest, edits = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
+        smallest, of_it = min(grid, key=lambda item: item[0].shape[0] * item[0].shape[1])
         weight = read(model, smallest)
         began = time.perf_counter()
-        for edit in {decomposition_key(edit): edit for edit in edits}.values():
+        for edit in {decomposition_key(edit): edit for edit in of_it}.values():
             decomposition(weight, edit)
         svd = time.perf_counter() - began
         route = route_of(model)
@@ -436,28 +451,25 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     def svd_cost(matrix: Matrix) -> int:
         return matrix.shape[0] * matrix.shape[1] * matrix.rank
 
+    edits = sum(len(edits) for _, edits in grid)
     depth = max(1, len(route.stacks))
-    shares = [len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid]
-    svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
-    item = next(model.parameters()).element_size()
-    tokens = sum(block.size for block in encoded.blocks)
-    config: Any = model.config
+    # Of a pass, what runs from an edit's block on.
+    share = sum(len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid) / edits
+    guided = settings.strategy == "guided"
+    passes = share * (min(settings.shortlist, edits) if guided else edits)
+    passes += 3 * (settings.strategy != "exhaustive" and settings.predictable)  # forward and backward
     # Proving takes three passes over the test examples: unedited, winner, random components.
-    proving = 3 * len(test.examples) / len(validation.examples)
+    proving = len(test.examples) / len(validation.examples)
+    svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
+    config: Any = model.config
+    token = config.get_text_config().hidden_size * next(model.parameters()).element_size()
+    cache = int(sum(block.size for block in encoded.blocks) * max(1.0, proving) * token)
     return {
         "matrices": len(grid),
-        "edits": sum(len(edits) for _, edits in grid),
+        "edits": edits,
         "validation_examples": encoded.count,
         "test_examples": len(test.examples),
-        "seconds": round(a_pass * (_passes(settings, shares) + proving) + svd, 1),
+        "seconds": round(a_pass * (passes + 3 * proving) + svd, 1),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "prefix_cache_bytes": tokens * config.get_text_config().hidden_size * item,
+        "prefix_cache_bytes": cache if settings.cache_bytes is None else min(cache, settings.cache_bytes),
     }
-
-
-def _passes(settings: SearchSettings, shares: Sequence[float]) -> float:
-    """How often the examples that choose are run, at most."""
-    if settings.strategy != "guided":
-        return sum(shares)
-    edits = min(settings.shortlist, len(shares))
-    return 3 + sum(sorted(shares, reverse=True)[:edits]) / max(1, len(shares)) * edits

@@ -7,6 +7,7 @@ import json
 import sqlite3
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from eckart.errors import OutputError
 from eckart.scoring import BlockScores
@@ -20,6 +21,7 @@ CREATE TABLE IF NOT EXISTS trials (
     scores TEXT NOT NULL,    -- losses, right answers and predictions of its examples, as JSON
     PRIMARY KEY (part, edit, block)
 );
+CREATE TABLE IF NOT EXISTS notes (note TEXT PRIMARY KEY);
 """
 
 
@@ -113,10 +115,41 @@ class Ledger:
             OutputError: The disk is full.
         """
         rows = [(part, edit, block, json.dumps(asdict(s))) for block, s in scores.items()]
+        self._write("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", rows)
+
+    def note(self, what: str) -> None:
+        """Record something that a resumed search must know.
+
+        Args:
+            what: A word.
+
+        Raises:
+            OutputError: The disk is full.
+        """
+        self._write("INSERT OR REPLACE INTO notes VALUES (?)", [(what,)])
+
+    def noted(self, what: str) -> bool:
+        """Tell whether something was noted.
+
+        Args:
+            what: As for `note`.
+
+        Returns:
+            Whether it was.
+
+        Raises:
+            OutputError: The file is damaged.
+        """
+        try:
+            return self._connection.execute("SELECT 1 FROM notes WHERE note = ?", (what,)).fetchone() is not None
+        except (sqlite3.Error, ValueError) as error:
+            raise self._unusable(error) from error
+
+    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         try:
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.executemany("INSERT OR REPLACE INTO trials VALUES (?, ?, ?, ?)", rows)
+                self._connection.executemany(statement, rows)
         except (sqlite3.Error, ValueError) as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error}. What was recorded before is kept. "

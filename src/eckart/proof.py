@@ -17,9 +17,9 @@ from eckart.driver import Driver
 from eckart.encoding import Encoded
 from eckart.matrices import Matrix, by_name, read
 from eckart.plan import Edit
-from eckart.race import Measurements, Trial
+from eckart.race import Measurements, Trial, measurements
 from eckart.results import Gain, paired_gain
-from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control, summarize
+from eckart.scoring import LOSS_UNIT, Scores, constant_answer, majority_control
 from eckart.surgery import Cost, clusters_of, cost, make_edit
 from eckart.sweep import Candidate, Route
 from eckart.tasks import Task
@@ -50,6 +50,7 @@ class Proof:
     gain: Gain | None
     """Of accuracy; None for perplexity tasks or without a winner."""
     loss_gain: Gain | None
+    """None without a winner, or where it is judged by its divergence."""
     flips: tuple[Flip, ...]
     flip_counts: dict[str, int]
     spectrum: dict[str, Any] | None
@@ -78,7 +79,7 @@ def prove(
     start = min((by_name(matrices, e.matrix) for e in winner.edits), key=route.place) if winner else None
     scores = dict(zip(candidates, driver.score("test", list(candidates.values()), start)))
     encoded = driver.parts["test"]
-    measured = {name: summarize(encoded, found) for name, found in scores.items()}
+    measured = {name: measurements(encoded, found, driver.rules) for name, found in scores.items()}
     counts = {"gained": 0, "lost": 0}
     if winner is None:
         return Proof(measured, scores, None, None, (), counts, None, None)
@@ -92,7 +93,7 @@ def prove(
         measured,
         scores,
         gain,
-        paired_gain(old.loss, new.loss, LOSS_UNIT, seed=seed),
+        None if driver.rules.select == "size" else paired_gain(old.loss, new.loss, LOSS_UNIT, seed=seed),
         flips,
         counts,
         _spectrum(model, matrices, winner.edits[0]),

@@ -16,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from eckart.clustering import even_sizes
 from eckart.encoding import Encoded
 from eckart.plan import Edit
 from eckart.results import Measurement
 from eckart.scoring import BlockScores, Scores, assemble, summarize
+from eckart.surgery import cost
 
 Measurements = dict[str, Measurement]
-Select = Literal["accuracy", "loss"]
+Select = Literal["accuracy", "loss", "size"]
 STAGE = 32
 """Fewest examples between two looks of the sequential test."""
 
@@ -32,7 +34,7 @@ class Stopped:
     """Why a race did not go on with an edit."""
 
     metric: str
-    """`accuracy` or `loss`."""
+    """`accuracy`, `loss`, `divergence`, or `numbers` that are removed."""
     at_best: float
     """What the edit could still have reached on all examples, at best; for a test, its mean so far."""
     to_beat: float
@@ -64,58 +66,96 @@ class Trial:
 class Rival:
     """What an edit has to beat, on all examples that choose."""
 
+    edits: tuple[Edit, ...]
     measurements: Measurements
     scores: Scores
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a race is judged."""
+    """How edits are judged."""
 
     select: Select
+    """What the best edit is best at. `size`: it removes most numbers, and diverges by no more than `tolerance`."""
+    tolerance: float = 0.0
+    """Largest mean divergence from the unedited model, in nats per token, where `select` is `size`."""
     confidence: float | None = None
     """Of the sequential test, for each edit; None for exact proofs alone."""
     looks: tuple[int, ...] = ()
     """Numbers of blocks after which the test may look."""
 
 
-def merit(found: Measurements, select: Select) -> tuple[float, float]:
-    """Order measurements: the smaller tuple is the better one.
+def removed(edits: Sequence[Edit]) -> int:
+    """Count the numbers that edits save once their matrices are kept as factors, or dense where that is less.
 
     Args:
-        found: On all examples that choose.
-        select: What counts first. The other decides between equals; perplexity tasks have loss alone.
+        edits: Of different matrices. Blocks of rows count as equally large.
 
     Returns:
-        A pair to compare; NaN counts as infinite loss.
+        The count.
     """
-    loss = found["loss"].value
-    loss = math.inf if math.isnan(loss) else loss
-    accuracy = -found["accuracy"].value if "accuracy" in found else 0.0
-    return (accuracy, loss) if select == "accuracy" else (loss, accuracy)
+    found = 0
+    for edit in edits:
+        out, into = edit.shape
+        found += out * into - cost(edit, even_sizes(out, edit.blocks)).numbers
+    return found
 
 
-def choose(trials: Sequence[Trial], baseline: Measurements, select: Select) -> Trial | None:
-    """Pick the best trial; of equals the smallest rank, then the first.
+def merit(edits: Sequence[Edit], found: Measurements, rules: Rules) -> tuple[float, float]:
+    """Order candidates: the smaller tuple is the better one.
 
     Args:
-        trials: In the order of the grid. Stopped ones cannot win.
+        edits: The candidate; none for the unedited model.
+        found: On all examples that choose.
+        rules: What counts first. The other of accuracy and loss decides between equals; perplexity tasks have
+            loss alone.
+
+    Returns:
+        A pair to compare; NaN counts as infinite.
+    """
+    loss = found["divergence" if rules.select == "size" else "loss"].value
+    loss = math.inf if math.isnan(loss) else loss
+    if rules.select == "size":
+        return (-float(removed(edits)) if loss <= rules.tolerance else 0.0, loss)
+    accuracy = -found["accuracy"].value if "accuracy" in found else 0.0
+    return (accuracy, loss) if rules.select == "accuracy" else (loss, accuracy)
+
+
+def ranked(trials: Sequence[Trial], rules: Rules) -> list[Trial]:
+    """Put trials in order, the best first; of equals the smallest rank, then the first.
+
+    Args:
+        trials: In the order of the grid. Stopped ones are left out: they cannot win.
+        rules: What counts.
+
+    Returns:
+        Those scored to the end.
+    """
+    whole = [trial for trial in trials if trial.stopped is None]
+    return sorted(whole, key=lambda trial: (*merit(trial.edits, trial.validation, rules), trial.rank))
+
+
+def choose(trials: Sequence[Trial], baseline: Measurements, rules: Rules) -> Trial | None:
+    """Pick the best trial, as `ranked` orders them.
+
+    Args:
+        trials: In the order of the grid.
         baseline: The unedited model on the same examples.
-        select: What counts first.
+        rules: What counts.
 
     Returns:
         The winner, or None where none is better than the unedited model.
     """
-    whole = [trial for trial in trials if trial.stopped is None]
-    best = min(whole, key=lambda trial: (*merit(trial.validation, select), trial.rank), default=None)
-    return best if best is not None and merit(best.validation, select) < merit(baseline, select) else None
+    best = next(iter(ranked(trials, rules)), None)
+    better = best is not None and merit(best.edits, best.validation, rules) < merit((), baseline, rules)
+    return best if better else None
 
 
 def strata_of(count: int, scores: Scores | None, *, confidence: float | None, seed: int) -> list[int] | None:
     """Say in which order examples should be scored so that a race can stop early.
 
     Exact proofs come soonest where the unedited model is wrong, then where it is least sure: most edits answer as
-    it does, and an edit that mends nothing there is out at once. A sequential test needs random stages instead.
+    it does, and one that mends nothing there is out. A sequential test needs random stages instead.
 
     Args:
         count: Number of examples.
@@ -134,17 +174,23 @@ def strata_of(count: int, scores: Scores | None, *, confidence: float | None, se
         return strata.tolist()
     if scores is None or scores.correct is None:
         return None
-    right = np.flatnonzero(scores.correct)
-    unsure = right[np.argsort(-scores.loss[right], kind="stable")][: math.ceil(count / 10)]
-    strata = np.where(scores.correct, 2, 0)
-    strata[unsure] = 1
+    # Few examples at first: against a strong rival they are enough.
+    tenth = math.ceil(count / 10)
+    strata = np.empty(count, dtype=np.int64)
+    for first, is_right in ((0, False), (2, True)):
+        group = np.flatnonzero(scores.correct == is_right)
+        strata[group] = first + 1
+        strata[group[np.argsort(-scores.loss[group], kind="stable")][:tenth]] = first
     return strata.tolist()
 
 
-def stop(encoded: Encoded, found: Mapping[int, BlockScores], rival: Rival, rules: Rules) -> Stopped | None:
+def stop(
+    edits: tuple[Edit, ...], encoded: Encoded, found: Mapping[int, BlockScores], rival: Rival, rules: Rules
+) -> Stopped | None:
     """Decide from some blocks whether an edit is out.
 
     Args:
+        edits: The candidate.
         encoded: The examples that choose.
         found: Block index -> scores of the edit.
         rival: What it has to beat.
@@ -156,36 +202,43 @@ def stop(encoded: Encoded, found: Mapping[int, BlockScores], rival: Rival, rules
     if len(found) == len(encoded.blocks):
         return None
     scores = assemble(encoded, found)
-    proof = cannot_win(encoded, scores, rival.measurements, rules.select)
+    proof = cannot_win(edits, encoded, scores, rival, rules)
     if proof is None and rules.confidence is not None and len(found) in rules.looks:
         proof = surely_loses(encoded, scores, rival.scores, rules)
     return proof
 
 
-def cannot_win(encoded: Encoded, scores: Scores, to_beat: Measurements, select: Select) -> Stopped | None:
+def cannot_win(edits: tuple[Edit, ...], encoded: Encoded, scores: Scores, rival: Rival, rules: Rules) -> Stopped | None:
     """Prove from some examples that an edit cannot win on all of them.
 
     Every example that is left is taken to come out right and to cost no loss.
 
     Args:
+        edits: The candidate.
         encoded: The examples that choose.
-        scores: Of the edit, on some of them.
-        to_beat: The best edit so far, or the unedited model, on all of them.
-        select: What counts first.
+        scores: Of the candidate, on some of them.
+        rival: The best edit before it, or the unedited model, on all of them.
+        rules: What counts.
 
     Returns:
         The proof, or None while the edit can still win.
     """
     # Means are rounded; only a clear difference is a proof.
+    margin = 1 + 1e-9
     least = _least_loss(encoded, scores)
-    too_lossy = least > to_beat["loss"].value * (1 + 1e-9)
-    if scores.correct is not None and select == "accuracy":
+    if rules.select == "size":
+        if least > rules.tolerance * margin:
+            return Stopped("divergence", least, rules.tolerance)
+        ours, theirs = removed(edits), removed(rival.edits)
+        return Stopped("numbers", ours, theirs) if ours < theirs else None
+    too_lossy = least > rival.measurements["loss"].value * margin
+    if scores.correct is not None and rules.select == "accuracy":
         right = int(scores.correct.sum()) + encoded.count - len(scores.correct)
-        needed = round(to_beat["accuracy"].value * encoded.count)
+        needed = round(rival.measurements["accuracy"].value * encoded.count)
         if right < needed:
-            return Stopped("accuracy", right / encoded.count, to_beat["accuracy"].value)
+            return Stopped("accuracy", right / encoded.count, rival.measurements["accuracy"].value)
         too_lossy = too_lossy and right == needed
-    return Stopped("loss", least, to_beat["loss"].value) if too_lossy else None
+    return Stopped("loss", least, rival.measurements["loss"].value) if too_lossy else None
 
 
 def _least_loss(encoded: Encoded, scores: Scores) -> float:
@@ -260,5 +313,20 @@ def trial_of(
     Returns:
         The trial, with the proof if it was stopped.
     """
-    proof = stop(encoded, found, rival, rules) if rival else None
-    return Trial(edits, summarize(encoded, assemble(encoded, found)), proof)
+    proof = stop(edits, encoded, found, rival, rules) if rival else None
+    return Trial(edits, measurements(encoded, assemble(encoded, found), rules), proof)
+
+
+def measurements(encoded: Encoded, scores: Scores, rules: Rules) -> Measurements:
+    """Turn scores into measurements.
+
+    Args:
+        encoded: What was scored.
+        scores: Of it.
+        rules: Where `select` is `size`, the scores are divergences from the unedited model.
+
+    Returns:
+        As `eckart.evaluate` does, or `divergence` in nats per token.
+    """
+    found = summarize(encoded, scores)
+    return {"divergence": found["loss"]} if rules.select == "size" else found

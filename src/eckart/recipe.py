@@ -15,6 +15,8 @@ from eckart.matrices import expand_types
 from eckart.truncation import rank_of
 
 GUIDED_EXAMPLES = 100
+AGREEMENT_POSITIONS = 32
+"""Tokens of a window at which predictions are compared."""
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 
@@ -46,6 +48,14 @@ class SearchSettings(Settings):
     strategy: Literal["exhaustive", "race", "guided"] = Field(
         default="race",
         description="measure every edit, stop those that cannot win, or measure only the best predicted ones",
+    )
+    objective: Literal["task", "perplexity", "agreement"] = Field(
+        default="task",
+        description="answers of a task; or of text without labels, its perplexity, or agreement with the unedited "
+        "model: the smallest model that diverges by no more than `tolerance`",
+    )
+    tolerance: float = Field(
+        default=0.01, gt=0, description="largest mean divergence from the unedited model for 'agreement', in nats/token"
     )
     select: Literal["accuracy", "loss"] = Field(default="accuracy", description="what the best edit is best at")
     shortlist: int = Field(
@@ -91,6 +101,17 @@ class SearchSettings(Settings):
         return self.examples or (GUIDED_EXAMPLES if self.strategy == "guided" else None)
 
     @property
+    def encoding(self) -> dict[str, Any]:
+        """The options of `eckart.encoding.encode`."""
+        # Predictions over a whole vocabulary are kept for every scored token.
+        return super().encoding | ({"positions": AGREEMENT_POSITIONS} if self.objective == "agreement" else {})
+
+    @property
+    def best_at(self) -> Literal["accuracy", "loss", "size"]:
+        """What the best edit is best at, whatever the objective."""
+        return "size" if self.objective == "agreement" else self.select
+
+    @property
     def predictable(self) -> bool:
         """Whether a gradient predicts the edits: exact cuts to the top components, and zero."""
         return self.kind != "magnitude" and self.basis == "top" and self.svd == "exact"
@@ -112,6 +133,14 @@ class SearchSettings(Settings):
             raise ValueError("clustering 'heads' makes one block of every attention head; leave 'blocks' out")
         if self.clustering == "subspaces" and not several:
             raise ValueError("clustering 'subspaces' needs 'blocks' above 1")
+        return self
+
+    @model_validator(mode="after")
+    def _agreement_can_be_judged(self) -> SearchSettings:
+        if self.objective == "agreement" and (self.confidence is not None or self.guard == "none" or self.controls):
+            raise ValueError(
+                "objective 'agreement' has no sequential test and no controls, and only the second order predicts it"
+            )
         return self
 
     @field_validator("types")

@@ -34,11 +34,14 @@ from eckart.results import SCHEMA_VERSION, read_json, write_text
 Json = dict[str, Any]
 
 TYPES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "out_proj", "fc_in", "fc_up", "fc_out")
-METRICS = ("accuracy", "top5", "top10", "loss", "perplexity")  # in the order of the tables
-LOWER_IS_BETTER = {"loss", "perplexity"}
+METRICS = ("accuracy", "top5", "top10", "loss", "perplexity", "divergence")  # in the order of the tables
+JUDGED = ("accuracy", "loss", "divergence")  # what a search may choose by
+LOWER_IS_BETTER = {"loss", "perplexity", "divergence"}
 OUTSIDE = "outside the blocks"
 EVERY_RHO = "best ρ"  # the slice of the heat map that shows each cell at its best rho
 EDITS_LISTED = 20
+SETS_LISTED = 10  # each takes several lines
+EDITS_NAMED = 6  # in one sentence; a longer plan is named in its table
 EXAMPLES_OPEN = 5  # per direction; the others are folded
 PROMPT_CHARACTERS = 600
 HOVER_CHARACTERS = 56
@@ -110,8 +113,8 @@ def render(results: Json) -> str:
         raise EckartError(
             f"these results of kind {kind!r} lack a field or hold one of the wrong type "
             f"({type(error).__name__}: {error}). "
-            f"A report needs every field that `eckart {kind}` writes. "
-            f"Run it again: a finished run keeps its trials, so this takes seconds."
+            f"A report needs every field that this version's `eckart {kind}` writes. "
+            f"Give that command again with another --out, or draw the report with the eckart that wrote them."
         ) from error
 
 
@@ -135,23 +138,27 @@ def _template() -> Template:
 def _search_page(results: Json) -> Json:
     """What the report of a search shows."""
     best, baseline = results["best"], results["baseline"]
-    edit = best["edits"][0] if best["edits"] else None
-    trials = [trial for trial in results["grid"] if trial.get("validation")]
-    plots = _plots(trials, baseline["validation"], edit, results.get("spectrum"))
+    edits, select = best["edits"], _selected(results)
+    trials = results["grid"]
+    singles = [trial | {"edits": [trial["edit"]]} for trial in trials]
+    plots = _plots(trials, baseline["validation"], edits, results.get("spectrum"))
     return _frame(results) | {
         "title": f"{results['task']['name']} on {_model_name(results['model'])}",
         "verdict": _verdict(results),
-        "effort": _effort(results.get("trials")),
-        "edit": edit,
+        "effort": _effort(results),
+        "edits": edits,
+        "select": select,
         "command": shlex.join(["eckart", "apply", results["model"]["source"], best["plan"], "--dense", "--out", "DIR"]),
         "comparison": _comparison(best, baseline),
         "plots": plots,
         "plotly": _plotly() if plots else "",
         "layers": _layer_names(_rows(trials)),
         "cut": (results.get("spectrum") or {}).get("matrix"),
-        "ranking": _ranking(trials, baseline["validation"], edit),
+        "plan": _plan(results),
+        "cost": _cost(best.get("cost"), edits),
+        "ranking": _ranking(singles, baseline["validation"], edits, select, EDITS_LISTED),
+        "sets": _ranking(results["compositions"], baseline["validation"], edits, select, SETS_LISTED),
         "controls": _controls(results),
-        "alternatives": _alternatives(results),
         "flipped": _flipped(results.get("flipped") or [], results.get("flip_counts") or {}),
     }
 
@@ -214,9 +221,8 @@ def _frame(results: Json) -> Json:
 def _verdict(results: Json) -> str:
     """The outcome in one sentence, with its uncertainty."""
     best, before = results["best"], results["baseline"]["test"]
-    edit = best["edits"][0] if best["edits"] else None
-    metric = "accuracy" if "accuracy" in before else "loss"
-    if edit is None:
+    edits, metric = best["edits"], _selected(results)
+    if not edits:
         return (
             f"None of the {_count(len(results['grid']))} edits tried beat the unedited model on validation, "
             f"so the plan is empty and the model stays as it is, with a test {metric} of "
@@ -224,17 +230,25 @@ def _verdict(results: Json) -> str:
         )
     gain = best.get("test_gain") if metric == "accuracy" else best.get("test_loss_gain")
     after = best["test"][metric]
+    if metric == "divergence":
+        held = "within" if _finite(after["value"]) and after["value"] <= results["recipe"]["tolerance"] else "beyond"
+        count, tolerance = _count(after["count"]), results["recipe"]["tolerance"]
+        return (
+            f"{_cutting(edits)} saves {_count(sum(map(_removed, edits)))} numbers; on {count} test tokens the "
+            f"model diverges from the unedited one by {_measurement(after)} nats/token, "
+            f"{held} the tolerance of {tolerance:g}."
+        )
     path = f"{_measurement(before[metric])} to {_measurement(after)}"
-    unit = " nats/token" if metric == "loss" else ""
+    unit = "" if metric == "accuracy" else " nats/token"
     if gain is None:
-        return f"{_cutting(edit)} takes test {metric} from {path}{unit} on {_count(after['count'])} examples."
+        return f"{_cutting(edits)} takes test {metric} from {path}{unit} on {_count(after['count'])} examples."
     low, high = _interval(gain)
     word = "gain" if metric == "accuracy" else "change"
     proof = f"{word} {_signed(gain['value'], 3)}, 95{HARD_SPACE}% interval {_span(low, high)}"
     if gain.get("p_value") is not None:
         proof += f", {'exact McNemar ' if metric == 'accuracy' else ''}{_p_value(gain['p_value'])}"
     held_out = f"({proof}) on {_count(gain['count'])} examples that took no part in choosing."
-    subject = _cutting(edit)
+    subject = _cutting(edits)
     worst, most = sorted((-low, -high) if metric in LOWER_IS_BETTER else (low, high))
     if worst > 0:
         verb = "lowers" if metric in LOWER_IS_BETTER else "raises"
@@ -243,17 +257,25 @@ def _verdict(results: Json) -> str:
     return f"{subject} looked best on validation, but {outcome}: test {metric} goes from {path}{unit} {held_out}"
 
 
-def _cutting(edit: Json) -> str:
-    """The edit as the subject of a sentence."""
-    where, kind, rho = _where(edit), edit["kind"], _plain(edit.get("rho"))
+def _cutting(edits: list[Json]) -> str:
+    """Edits as the subject of a sentence."""
+    verbs = {{"low_rank": "Cutting", "zero": "Zeroing"}.get(edit["kind"], "Editing") for edit in edits}
+    verb = verbs.pop() if len(verbs) == 1 else "Editing"
+    if len(edits) > EDITS_NAMED:
+        return f"{verb} {len(edits)} matrices together"
+    *most, last = (f"{_where(edit)}{_how(edit)}" for edit in edits)
+    return f"{verb} {', '.join(most)} and {last} together" if most else f"{verb} {last}"
+
+
+def _how(edit: Json) -> str:
+    """How deep, as the end of a phrase."""
+    kind, rho = edit["kind"], _plain(edit.get("rho"))
     if kind == "zero":
-        return f"Zeroing {where}"
+        return ""
+    settings = [f"rho {rho}", *(f"{key} {value}" for key, value in _unusual(edit))]
     if kind == "low_rank":
-        action = f"Cutting {where} to rank {_rank(edit)} (rho {rho}"
-    else:
-        action = f"Editing {where} (kind {kind}, rho {rho}"
-    extras = [f"{key} {value}" for key, value in _unusual(edit)]
-    return f"{', '.join([action, *extras])})"
+        return f" to rank {_rank(edit)} ({', '.join(settings)})"
+    return f" ({', '.join([f'kind {kind}', *settings])})"
 
 
 def _where(edit: Json) -> str:
@@ -282,13 +304,69 @@ def _full_rank(edit: Json) -> int:
     return min(-(-out // (edit.get("blocks") or 1)), into)
 
 
-def _effort(trials: Json | None) -> str:
-    """How much was tried."""
-    if not trials:
+def _effort(results: Json) -> str:
+    """How much was tried, and what stopping early saved."""
+    trials, each = results["trials"], results["task"]["validation"]
+    singles, sets = len(results["grid"]), len(results["compositions"])
+    tried = [*results["grid"], *results["compositions"]]
+    what = f"all {_count(singles)} edits of the grid"
+    if singles != trials["grid"]:
+        what = f"the {_count(singles)} of {_count(trials['grid'])} edits that a gradient predicted to be best"
+    said = [f"The search tried {what}{f', and {_count(sets)} sets of them' if sets else ''}."]
+    stopped = sum(bool(trial["stopped"]) for trial in tried)
+    if stopped:
+        seen, most = sum(map(_seen, tried)), len(tried) * each
+        by = "could not win" if all(_proved(trial["stopped"]) for trial in tried) else "could not win or surely lost"
+        said.append(
+            f"{_count(stopped)} {by} and were stopped early, so that {_count(seen)} of {_count(most)} examples "
+            f"were scored ({100 * (1 - seen / most):.0f} % saved)."
+        )
+    if trials["prefix_cache_bytes"]:
+        said.append(f"The prefix cache held at most {_bytes(trials['prefix_cache_bytes'])}.")
+    return " ".join(said)
+
+
+def _proved(stopped: Json | None) -> bool:
+    return not stopped or stopped["p_value"] is None
+
+
+def _seen(trial: Json) -> int:
+    """Examples that an edit was measured on."""
+    measured = trial["validation"]
+    return measured[_main_metric(measured)]["count"]
+
+
+def _reason(trial: Json) -> str:
+    """Why a race did not go on with an edit."""
+    stopped = trial["stopped"]
+    if not stopped:
         return ""
-    evaluated, grid = trials["evaluated"], trials["grid"]
-    of = f"all {_count(grid)}" if evaluated == grid else f"{_count(evaluated)} of {_count(grid)}"
-    return f"The search tried {of} edits of the grid, which took {_count(trials['examples'])} scored examples."
+    metric, reached, rival = stopped["metric"], stopped["at_best"], stopped["to_beat"]
+    digits = next((n for n in (3, 4, 5) if _number(reached, n) != _number(rival, n)), 6)
+    ours, theirs = _number(reached, digits), _number(rival, digits)
+    after = f"stopped after {_count(_seen(trial))} examples"
+    if not _proved(stopped):
+        looks = f"{stopped['looks']} look{'s' if stopped['looks'] != 1 else ''}"
+        test = f"{_p_value(stopped['p_value'])}, level {_power(stopped['level'])}, {looks}"
+        return f"{after}: {metric} {ours} against {theirs} on these; {test}"
+    return f"{after}: {metric} at best {ours}, needs {theirs}"
+
+
+def _cost(cost: Json | None, edits: list[Json]) -> str:
+    """What the winner would take as factors, against its dense matrices."""
+    if not cost or not edits:
+        return ""
+    dense = sum(edit["shape"][0] * edit["shape"][1] for edit in edits)
+    numbers = cost["numbers"]
+    them = "the matrix" if len(edits) == 1 else "these matrices"
+    if numbers >= dense:
+        return f"Factors would save nothing: at so high a rank they take all {_count(dense)} numbers of {them}."
+    order = f", and {_count(cost['integers'])} integers for the order of the rows" if cost["integers"] else ""
+    return (
+        f"Kept as factors, {them} would take {_count(numbers)} numbers instead of {_count(dense)}"
+        f" ({100 * numbers / dense:.3g} %){order}, and {_count(cost['flops'])} floating-point operations a token "
+        f"instead of {_count(2 * dense)}. eckart apply writes dense weights."
+    )
 
 
 # Tables.
@@ -313,82 +391,110 @@ def _comparison(best: Json, baseline: Json) -> list[tuple[str, list[Json]]]:
     return tables
 
 
-def _ranking(trials: list[Json], baseline: Json, winner: Json | None) -> Json:
-    """The best edits by validation; the winner is always among them."""
-    metric = _main_metric(baseline)
-    ordered = sorted(trials, key=lambda trial: _merit(trial["validation"], metric), reverse=True)
-    shown = ordered[:EDITS_LISTED]
-    shown += [trial for trial in ordered[EDITS_LISTED:] if trial["edit"] == winner]
+def _plan(results: Json) -> Json:
+    """The edits of the plan in the order in which they were added, and what each added on validation."""
+    select, before = _selected(results), results["baseline"]["validation"]
+    metrics = [name for name in JUDGED if name in before]
+    rows = []
+    for edit, measured in _steps(results):
+        cells = [(measured.get(name), _change(before.get(name), measured.get(name))) for name in metrics]
+        rows.append({"name": _where(edit), "how": _how(edit).strip(), "matrix": edit["matrix"], "cells": cells})
+        before = measured
+    return {"rows": rows, "metrics": metrics, "select": select}
+
+
+def _steps(results: Json) -> list[tuple[Json, Json]]:
+    """The winner as it grew: each edit with the validation measurements of the set that it completes."""
+    best, select = results["best"], _selected(results)
+    tried = [trial | {"edits": [trial["edit"]]} for trial in results["grid"]] + results["compositions"]
+    whole = sorted((trial for trial in tried if not trial["stopped"]), key=lambda t: _merit(t, select), reverse=True)
+    left, measured, steps = best["edits"], best["validation"], []
+    while len(left) > 1:
+        parts = (t for t in whole if len(t["edits"]) == len(left) - 1 and all(edit in left for edit in t["edits"]))
+        parent = next(parts, None)
+        if parent is None:  # not from a search that this version made; the order is then the model's
+            return [*((edit, {}) for edit in best["edits"][:-1]), (best["edits"][-1], best["validation"])]
+        steps.append((next(edit for edit in left if edit not in parent["edits"]), measured))
+        left, measured = parent["edits"], parent["validation"]
+    return [*((edit, measured) for edit in left), *reversed(steps)]
+
+
+def _ranking(trials: list[Json], baseline: Json, winner: list[Json], metric: str, most: int) -> Json:
+    """The best edits, or sets of edits, by validation; the winner is always among them, and stopped ones are last."""
+    ordered = sorted(trials, key=lambda trial: _merit(trial, metric), reverse=True)
+    shown = ordered[:most]
+    shown += [trial for trial in ordered[most:] if trial["edits"] == winner]
+    # Top 5 and 10 stand in the first table; here they would push the rest off the page.
+    metrics = [name for name in METRICS if name in baseline and not name.startswith("top")]
     return {
         "total": len(trials),
-        "metrics": [name for name, _ in _in_order(shown[0]["validation"])] if shown else [],
-        "uneven": len({_merit(trial["validation"], metric)[0] for trial in trials}) > 1,
+        "metrics": metrics,
         "metric": metric,
         "rows": [
             {
                 "place": ordered.index(trial) + 1,
-                "edit": trial["edit"],
-                "rho": _plain(trial["edit"].get("rho")),
-                "rank": _rank(trial["edit"]),
-                "layer": DASH if trial["edit"]["layer"] is None else trial["edit"]["layer"],
-                "notes": [f"{key} {value}" for key, value in _unusual(trial["edit"])]
-                + ([trial["edit"]["kind"]] if trial["edit"]["kind"] != "low_rank" else []),
+                "edits": [_line(edit) for edit in trial["edits"]],
                 "measurements": trial["validation"],
                 "gain": _change(baseline.get(metric), trial["validation"].get(metric)),
-                "winner": trial["edit"] == winner,
+                "stopped": _reason(trial),
+                "winner": trial["edits"] == winner,
             }
             for trial in shown
         ],
     }
 
 
-def _controls(results: Json) -> list[Json]:
-    """What the gain has to beat, between the unedited and the edited model."""
-    controls = results.get("controls") or {}
-    rows = []
-    if controls.get("majority"):
-        answer = controls["majority"].get("answer")
-        said = f" (\u201c{answer}\u201d)" if answer is not None else ""
-        meaning = f"one answer for every example{said}"
-        rows.append({"name": "Majority", "meaning": meaning} | controls["majority"])
-    if controls.get("random_basis"):
-        meaning = "the same matrix at the same rank, keeping random directions instead of the strongest"
-        rows.append({"name": "Random basis", "meaning": meaning} | controls["random_basis"])
-    if not rows:
-        return []
-    before = {"name": "Unedited", "meaning": "the model as it came"} | results["baseline"]["test"]
-    after = {"name": "Edited", "meaning": "the winning plan"} | (results["best"].get("test") or {})
-    return [before, *rows, *([after] if results["best"]["edits"] else [])]
+def _line(edit: Json) -> Json:
+    """An edit as a line of a table."""
+    kind = [edit["kind"]] if edit["kind"] != "low_rank" else []
+    rho = _plain(edit.get("rho"))
+    return {
+        "matrix": edit["matrix"],
+        "type": edit["type"],
+        "layer": DASH if edit["layer"] is None else edit["layer"],
+        "rho": rho,
+        "rank": _rank(edit),
+        "notes": [f"{key} {value}" for key, value in _unusual(edit)] + kind,
+        "words": _where(edit) + ("" if edit["kind"] == "zero" else f", ρ {rho}"),
+    }
 
 
-def _alternatives(results: Json) -> Json | None:
-    """The winner beside what else could be done with the model; None where nothing else was measured."""
+def _controls(results: Json) -> Json:
+    """The winner between the unedited model and everything that it has to beat, on the same test examples."""
     controls, best, before = results.get("controls") or {}, results["best"], results["baseline"]["test"]
-    others = [
+    rows = [{"name": "Unedited", "meaning": "the model as it came", "measured": before, "winner": False}]
+    if best["edits"]:
+        gains = {"gain": best.get("test_gain"), "loss_gain": best.get("test_loss_gain")}
+        several = f"the {len(best['edits'])} edits of the plan together"
+        meaning = several if len(best["edits"]) > 1 else _cutting(best["edits"])
+        rows.append({"name": "Edited", "meaning": meaning, "measured": best["test"] | gains, "winner": True})
+    rows += [
         {"name": name, "meaning": meaning(controls[key]), "measured": controls[key], "winner": False}
-        for key, (name, meaning) in ALTERNATIVES.items()
+        for key, (name, meaning) in CONTROLS.items()
         if controls.get(key)
     ]
-    if not others:
-        return None
-    rows = [{"name": "Unedited", "meaning": "the model as it came", "measured": before, "winner": False}]
-    if best["edit"]:
-        gains = {"gain": best.get("test_gain"), "loss_gain": best.get("test_loss_gain")}
-        measured = best["test"] | gains
-        rows.append({"name": "Edited", "meaning": _cutting(best["edit"]), "measured": measured, "winner": True})
-    metrics = [name for name in ("accuracy", "loss") if name in before]
+    metrics = [name for name in JUDGED if name in before]
     gain_names = {"accuracy": "gain", "loss": "loss_gain"}
     return {
+        "measured": len(rows) > 1 + bool(best["edits"]),
+        "paired": any(row["measured"].get(name) for row in rows for name in gain_names.values()),
+        "count": results["task"]["test"],
         "metrics": metrics,
         "rows": [
             row
-            | {
-                "cells": [(row["measured"].get(name), row["measured"].get(gain_names[name])) for name in metrics],
-                "count": row["measured"][metrics[0]]["count"],
-            }
-            for row in (*rows, *others)
+            | {"cells": [(row["measured"].get(name), row["measured"].get(gain_names.get(name))) for name in metrics]}
+            for row in rows
         ],
     }
+
+
+def _majority_meaning(facts: Json) -> str:
+    said = f" (\u201c{facts['answer']}\u201d)" if facts.get("answer") is not None else ""
+    return f"one answer for every example{said}"
+
+
+def _random_meaning(facts: Json) -> str:
+    return "the same matrices at the same ranks, keeping random directions instead of the strongest"
 
 
 def _few_shot_meaning(facts: Json) -> str:
@@ -403,13 +509,14 @@ def _lora_meaning(facts: Json) -> str:
 
 
 def _int8_meaning(facts: Json) -> str:
-    return (
-        f"the winner's matrix rounded to int8, not cut: {_count(facts['bytes'])} bytes "
-        f"for {_count(facts['dense_bytes'])}"
-    )
+    count = len(facts["matrices"])
+    what = "the winner's matrix" if count == 1 else f"the winner's {count} matrices"
+    return f"{what} rounded to int8, not cut: {_count(facts['bytes'])} bytes for {_count(facts['dense_bytes'])}"
 
 
-ALTERNATIVES = {
+CONTROLS = {
+    "majority": ("Majority", _majority_meaning),
+    "random_basis": ("Random basis", _random_meaning),
     "few_shot": ("Few-shot", _few_shot_meaning),
     "lora": ("LoRA", _lora_meaning),
     "int8": ("int8", _int8_meaning),
@@ -449,11 +556,11 @@ def _ending(text: str, characters: int) -> str:
 # Plots: what the script in the template draws.
 
 
-def _plots(trials: list[Json], baseline: Json, winner: Json | None, spectrum: Json | None) -> Json | None:
+def _plots(trials: list[Json], baseline: Json, winner: list[Json], spectrum: Json | None) -> Json | None:
     """Data of the heat map, the lines and the spectrum, every text made safe for plotly."""
     if not trials:
         return None
-    metrics = [name for name in ("accuracy", "loss") if name in baseline and name in trials[0]["validation"]]
+    metrics = [name for name in JUDGED if name in baseline and name in trials[0]["validation"]]
     rows = _rows(trials)
     seen = {trial["edit"]["type"] for trial in trials}
     types = sorted(seen, key=lambda name: (TYPES.index(name) if name in TYPES else len(TYPES), name))
@@ -466,7 +573,7 @@ def _plots(trials: list[Json], baseline: Json, winner: Json | None, spectrum: Js
     used: dict[int, int] = {}  # index in trials -> index in the list sent to the page
     cells = {}
     for metric in metrics:
-        merits = [_merit(trial["validation"], metric) for trial in trials]
+        merits = [_merit(trial | {"edits": [trial["edit"]]}, metric) for trial in trials]
         champions: dict[tuple[int, int, int], int] = {}
         for index, (row, column, rho) in enumerate(places):
             for key in ((row, column, rho), (row, column, len(rhos))):
@@ -478,7 +585,8 @@ def _plots(trials: list[Json], baseline: Json, winner: Json | None, spectrum: Js
             [[send.get((row, column, rho)) for column in range(len(types))] for row in range(len(rows))]
             for rho in range(len(rhos) + 1)
         ]
-    at = next((places[i] for i, trial in enumerate(trials) if trial["edit"] == winner), None)
+    at = [places[i] for edit in winner for i, trial in enumerate(trials) if trial["edit"] == edit]
+    whole = [trial for trial in trials if not trial["stopped"]]
     return {
         "metrics": metrics,
         "rows": [{"stack": _plot_text(_ending(stack, LABEL_CHARACTERS)), "layer": layer} for stack, layer in rows],
@@ -489,8 +597,10 @@ def _plots(trials: list[Json], baseline: Json, winner: Json | None, spectrum: Js
         "cells": cells,
         "edits": [_point(trials[index], peers[places[index]]) for index in used],
         "baseline": {metric: _pair(baseline[metric]) for metric in metrics},
-        "limits": {metric: _limit(trials, baseline, metric) for metric in metrics},
-        "winner": {"row": at[0], "column": at[1], "rho": at[2]} if at else None,
+        "limits": {metric: _limit(whole, baseline, metric) for metric in metrics},
+        "winners": [{"row": row, "column": column, "rho": rho} for row, column, rho in at],
+        "stopped": len(whole) < len(trials),
+        "start": at[0][2] if len({rho for _, _, rho in at}) == 1 else len(rhos),
         "spectrum": _spectrum(spectrum, winner),
     }
 
@@ -525,9 +635,14 @@ def _point(trial: Json, peers: int) -> Json:
         "rank": _rank(edit),
         "notes": [_plot_text(f"{key} {value}") for key, value in _unusual(edit)],
         "peers": peers,
-        "count": max(value["count"] for value in measured.values()),
+        "count": _seen(trial),
     }
-    return point | {name: _pair(value) for name, value in measured.items() if name in ("accuracy", "loss")}
+    if trial["stopped"]:
+        # A part of the examples, and not a random one, is not to be compared with all of them.
+        proved = _proved(trial["stopped"])
+        bound = {trial["stopped"]["metric"]: trial["stopped"]["at_best"]} if proved else {}
+        return point | {"stopped": _plot_text(_reason(trial)), "bound": bound}
+    return point | {name: _pair(value) for name, value in measured.items() if name in JUDGED}
 
 
 def _limit(trials: list[Json], baseline: Json, metric: str) -> float:
@@ -541,7 +656,7 @@ def _limit(trials: list[Json], baseline: Json, metric: str) -> float:
     return max([1e-6, *gains, statistics.median(map(abs, gains))] if gains else [1e-6])
 
 
-def _spectrum(spectrum: Json | None, edit: Json | None) -> Json | None:
+def _spectrum(spectrum: Json | None, edits: list[Json]) -> Json | None:
     """Singular values that a logarithmic axis can show, and where they were cut."""
     values = [value for value in (spectrum or {}).get("singular_values", []) if _finite(value) and value > 0]
     if not spectrum or not values:
@@ -549,6 +664,7 @@ def _spectrum(spectrum: Json | None, edit: Json | None) -> Json | None:
     total = sum(value * value for value in values)
     kept = sum(value * value for value in values[: spectrum["rank"]]) / total
     # Another basis or weighting does not keep the first singular values, so their share would mean nothing.
+    edit = next((edit for edit in edits if edit["matrix"] == spectrum.get("matrix")), None)
     plain = edit is not None and edit["kind"] == "low_rank" and not _unusual(edit)
     return {
         "rank": spectrum["rank"],
@@ -592,13 +708,33 @@ def _main_metric(measurements: Json) -> str:
     return next((name for name in METRICS if name in measurements), "loss")
 
 
-def _merit(measured: Json, metric: str) -> tuple[float, float, float]:
-    """Sort key: a fully evaluated edit before one that a race stopped, then the metric, then the loss."""
-    found = measured.get(metric) or {}
-    value = found.get("value")
-    merit = -math.inf if not _finite(value) else -value if metric in LOWER_IS_BETTER else value
-    loss = (measured.get("loss") or {}).get("value")
-    return found.get("count", 0), merit, -loss if _finite(loss) else -math.inf
+def _selected(results: Json) -> str:
+    """The metric by which the search chose."""
+    select, measured = (results.get("recipe") or {}).get("select"), results["baseline"]["validation"]
+    return select if isinstance(select, str) and select in measured else _main_metric(measured)
+
+
+def _removed(edit: Json) -> int:
+    """Numbers that an edit saves once its matrix is kept as factors, or dense where that is less."""
+    out, into = edit["shape"]
+    blocks = edit.get("blocks", 1)
+    return max(0, out * into - edit["rank"] * (out + blocks * into)) if edit["kind"] != "magnitude" else 0
+
+
+def _merit(trial: Json, metric: str) -> tuple[float, ...]:
+    """Sort key, the search's own: the metric, then the other one, then the smaller rank.
+
+    What a race stopped comes after all others; of it, what lasted longest comes first.
+    """
+    if trial["stopped"]:
+        return False, _seen(trial)
+
+    def good(name: str) -> float:
+        value = (trial["validation"].get(name) or {}).get("value")
+        return -math.inf if not _finite(value) else -value if name in LOWER_IS_BETTER else value
+
+    other = "loss" if metric == "accuracy" else "accuracy"
+    return True, good(metric), good(other), -sum(edit.get("rank") or 0 for edit in trial["edits"])
 
 
 def _interval(gain: Json) -> tuple[float, float]:
@@ -689,9 +825,14 @@ def _p_value(p: float) -> str:
     elif p < 1e-99:
         text = f"p < 10{_superscript(-99)}"
     else:
-        mantissa, exponent = f"{p:.1e}".split("e")
-        text = f"p = {mantissa} × 10{_superscript(int(exponent))}"
+        text = f"p = {_power(p)}"
     return text.replace(" ", HARD_SPACE)
+
+
+def _power(value: float) -> str:
+    """A small number as a power of ten."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{_superscript(int(exponent))}".replace(" ", HARD_SPACE)
 
 
 def _superscript(number: int) -> str:
@@ -705,6 +846,16 @@ def _plain(value: float | None) -> str:
 def _count(number: float) -> str:
     """A whole number, in groups of three."""
     return f"{number:,.0f}".replace(",", NARROW_SPACE) if abs(number) >= 10_000 else f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    """Memory in the unit that a person would say.
+
+    >>> _bytes(24_891_904).split()
+    ['24.9', 'MB']
+    """
+    power = 3 if number >= 1e9 else 2 if number >= 1e6 else 1
+    return f"{number / 1000**power:.1f}{HARD_SPACE}{'kMG'[power - 1]}B"
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -202,18 +202,18 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: The disk is full or the folder cannot be written; an old file is left as it was.
     """
-    temporary = None
+    # Always the same name: what a killed process leaves is replaced by the next one.
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise OutputError(
             f"{path} could not be written: {error.strerror or error}. Nothing of it was kept. "
             "Free space there or choose another --out."

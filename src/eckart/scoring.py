@@ -203,6 +203,7 @@ def score_block(
     *,
     normalize: Normalize = "none",
     forward: Forward | None = None,
+    reference: Tensor | None = None,
 ) -> BlockScores:
     """Score the examples of one block.
 
@@ -213,6 +214,8 @@ def score_block(
         index: Which block.
         normalize: As for `evaluate`.
         forward: Runs the model on the block of that index; by default from the first layer on.
+        reference: Of a perplexity task, another model's `log_probabilities` of the block: the loss is then the
+            divergence from it.
 
     Returns:
         One entry an example, in the block's order.
@@ -221,8 +224,36 @@ def score_block(
     with torch.inference_mode(), only_positions(model, block.rows, block.columns) as logits_of:
         output = forward(index) if forward else run_block(model, block)
         logits = logits_of(output)
+    if reference is not None:
+        return BlockScores(_divergence(logits, reference, block).tolist())
     likelihood, rank, best = _read(logits, block)
     return _judge(model, tokenizer, encoded, block, likelihood, rank, best, normalize)
+
+
+def log_probabilities(model: nn.Module, encoded: Encoded, index: int) -> Tensor:
+    """Give a model's predictions where a block is scored.
+
+    Args:
+        model: As for `evaluate`.
+        encoded: The task in blocks.
+        index: Which block.
+
+    Returns:
+        Shape (positions, vocabulary), float32, on the model's device.
+    """
+    block = encoded.blocks[index]
+    with torch.inference_mode(), only_positions(model, block.rows, block.columns) as logits_of:
+        return logits_of(run_block(model, block)).float().log_softmax(-1)
+
+
+def _divergence(logits: Tensor, reference: Tensor, block: Block) -> NDArray[np.float64]:
+    """Per sequence: the mean over its tokens of the Kullback-Leibler divergence from the reference."""
+    found = logits.float().log_softmax(-1)
+    # A sum of many small terms of both signs: float64, so that a model does not diverge from itself.
+    at = (reference.exp().double() * (reference - found).double()).sum(-1).clamp_(min=0)
+    sums = torch.zeros(sum(block.choices), dtype=torch.float64, device=at.device)
+    sums.index_add_(0, block.sequence, at[block.position])
+    return (sums / torch.bincount(block.sequence, minlength=len(sums))).cpu().numpy()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from eckart.matrices import Matrix, by_name, find_blocks, find_matrices, read, w
 from eckart.plan import Edit
 from eckart.prefix import PrefixCache, agree, run_block
 from eckart.race import Rival, Rules, stop
-from eckart.scoring import BlockScores, Normalize, only_positions, score_block
+from eckart.scoring import BlockScores, Normalize, log_probabilities, only_positions, score_block
 from eckart.surgery import decomposition, decomposition_key, replacement
 
 Candidate = tuple[Edit, ...]
@@ -55,6 +55,8 @@ class Scored:
     key: str
     block: int
     scores: BlockScores
+    exact: bool
+    """The prefix cache gave the logits of the whole model, so far."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,6 @@ class Done:
     """A job is done."""
 
     seconds: dict[str, float]
-    exact: bool
-    """The prefix cache gave the logits of the whole model."""
     cache_bytes: int
     """Most that the prefix cache held."""
 
@@ -153,6 +153,7 @@ class Worker:
         self.rules = Rules("accuracy")
         self._walk: Walk | None = None
         self._walked: tuple[str, tuple[int, ...]] | None = None
+        self._references: dict[tuple[str, int], Tensor] = {}
         self._seconds: dict[str, float] = {}
 
     def begin(self, parts: Mapping[str, Encoded], rules: Rules) -> None:
@@ -164,6 +165,7 @@ class Worker:
         """
         self.parts, self.rules = parts, rules
         self._walk = None
+        self._references = {}
 
     def work(self, job: Job, known: Known) -> Iterator[Event]:
         """Do a job, block after block.
@@ -191,15 +193,16 @@ class Worker:
                     else:
                         if walk is None:
                             walk = self._at(job, encoded, blocks)
+                            self._refer(job.part, blocks)
                         weights.hold(candidate)
-                        found[index] = self._score(encoded, index, walk)
-                        yield Scored(key, index, found[index])
-                    if job.rival is not None and stop(encoded, found, job.rival, self.rules):
+                        found[index] = self._score(job.part, index, walk)
+                        yield Scored(key, index, found[index], walk.exact)
+                    if job.rival is not None and stop(candidate, encoded, found, job.rival, self.rules):
                         break
             finally:
                 weights.restore()
             yield Ended(key)
-        yield Done(self._seconds, walk is None or walk.exact, 0 if walk is None else walk.peak_bytes)
+        yield Done(self._seconds, 0 if walk is None else walk.peak_bytes)
 
     def _at(self, job: Job, encoded: Encoded, blocks: tuple[int, ...]) -> Walk:
         """Bring the prefix cache to where a job starts; it moves forward only, so going back begins anew."""
@@ -213,10 +216,26 @@ class Worker:
                 self._walk.to(job.start)
         return self._walk
 
-    def _score(self, encoded: Encoded, index: int, walk: Walk) -> BlockScores:
+    def _refer(self, part: str, blocks: Sequence[int]) -> None:
+        """Keep what the unedited model predicts, where candidates are judged by how far they diverge from it."""
+        if self.rules.select != "size":
+            return
+        self._references = {place: found for place, found in self._references.items() if place[0] == part}
+        with self.timing("forward"):
+            for index in blocks:
+                if (part, index) not in self._references:
+                    self._references[part, index] = log_probabilities(self.model, self.parts[part], index)
+
+    def _score(self, part: str, index: int, walk: Walk) -> BlockScores:
         with self.timing("forward"):
             return score_block(
-                self.model, self.tokenizer, encoded, index, normalize=self.normalize, forward=walk.forward
+                self.model,
+                self.tokenizer,
+                self.parts[part],
+                index,
+                normalize=self.normalize,
+                forward=walk.forward,
+                reference=self._references.get((part, index)),
             )
 
     @contextmanager
@@ -242,6 +261,7 @@ class _Weights:
         """Edit the model, unless it holds the candidate already."""
         if self._held == candidate:
             return
+        self._held = candidate  # before the first write, so that whatever stops this is undone
         for edit in candidate:
             if edit.matrix not in self._originals:
                 matrix = by_name(self._worker.matrices, edit.matrix)
@@ -249,12 +269,12 @@ class _Weights:
             matrix, original = self._originals[edit.matrix]
             with self._worker.timing("svd"):
                 write(self._worker.model, matrix, replacement(original, edit, self._clusters(original, edit)))
-        self._held = candidate
 
     def restore(self) -> None:
         """Put the originals of what is held back."""
         for edit in self._held or ():
-            write(self._worker.model, *self._originals[edit.matrix])
+            if edit.matrix in self._originals:
+                write(self._worker.model, *self._originals[edit.matrix])
         self._held = None
 
     def _clusters(self, original: Tensor, edit: Edit) -> Sequence[Cluster] | None:

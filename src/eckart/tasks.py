@@ -21,6 +21,8 @@ from typing import Any, Literal
 from eckart.errors import TaskError
 
 Kind = Literal["choice", "open", "text"]
+PASSAGE = 2000
+"""Characters of a passage of a long text."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ def read_task(path: str | Path) -> Task:
     return make_task(path.stem, examples, source=path.name)
 
 
-def read_text(path: str | Path, separator: str = "<|endofdoc|>") -> Task:
+def read_text(path: str | Path, separator: str = "<|endofdoc|>", *, passages: int = 1) -> Task:
     """Read a plain text file as a perplexity task.
 
     Args:
         path: The file, UTF-8.
         separator: Documents are separated by this string.
+        passages: Fewest examples that are wanted; with fewer documents, each is cut at line ends into passages of
+            about `PASSAGE` characters.
 
     Returns:
         A task of kind `text`, one example a document.
@@ -104,8 +108,19 @@ def read_text(path: str | Path, separator: str = "<|endofdoc|>") -> Task:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}. --text takes a UTF-8 text file. Check the path.") from None
-    documents = [Example(part.strip(), None) for part in text.split(separator) if part.strip()]
-    return make_task(path.stem, documents, source=path.name)
+    documents = [part.strip() for part in text.split(separator) if part.strip()]
+    if len(documents) < passages:
+        documents = [passage for document in documents for passage in _passages(document)]
+    return make_task(path.stem, [Example(document, None) for document in documents], source=path.name)
+
+
+def _passages(document: str) -> list[str]:
+    found = [""]
+    for line in document.splitlines(keepends=True):
+        if len(found[-1]) + len(line) > PASSAGE and found[-1].strip():
+            found.append("")
+        found[-1] += line
+    return [passage.strip() for passage in found if passage.strip()]
 
 
 def make_task(name: str, examples: Iterable[Example], source: str | None = None) -> Task:

@@ -228,8 +228,14 @@ def check_winner(case: Case, result: SearchResult) -> dict[str, Any]:
     }
 
 
-def measure_pair(pair: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one model and task; eckart's searches and the reference take turns."""
+def measure_pair(pair: str, options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    """Measure one model and task; eckart's searches and the reference take turns.
+
+    Args:
+        pair: MODEL:TASK.
+        options: From the command line.
+        before: Results of an earlier run, whose other searches are kept; each search has a reference of its own run.
+    """
     began, load_before = datetime.now(timezone.utc), os.getloadavg()
     case = open_case(pair, options)
     agreement = compare_scores(case, options.reference_examples)  # warms both sides up, too
@@ -237,10 +243,10 @@ def measure_pair(pair: str, options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, SearchResult] = {}
     for repeat in range(options.repeats):
         timings: dict[str, Any] = {}
-        for name, settings in SEARCHES.items():
+        for name in options.searches:
             # Starting a second process takes seconds, which only a long search wins back.
             workers = options.workers if name == "race" else 1
-            results[name], timings[name] = run_search(case, settings, workers)
+            results[name], timings[name] = run_search(case, SEARCHES[name], workers)
         reference = time_reference(
             case,
             examples=options.reference_examples,
@@ -256,19 +262,7 @@ def measure_pair(pair: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.variants:
         for name, settings in VARIANTS.items():
             results[name], _ = run_search(case, settings, 1)
-    seconds = {name: spread([r["searches"][name]["seconds"] for r in repeats]) for name in SEARCHES}
-    return {
-        "model": pair.split(":")[0],
-        "task": case.task.name,
-        "examples": {name: len(part.examples) for name, part in zip(("validation", "test"), case.parts)},
-        "edits": len(case.edits),
-        "settings": case.settings.model_dump(mode="json"),
-        "found": {name: found_by(result) for name, result in results.items()},
-        "seconds": seconds | {"reference": spread([r["reference"]["seconds"] for r in repeats])},
-        "ratios": {name: spread([r["ratios"][name] for r in repeats]) for name in SEARCHES},
-        "agreement": agreement,
-        "check": check_winner(case, results["race"]) if options.check_winner else None,
-        "repeats": repeats,
+    run = {
         "command": shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]),
         "git_commit": git_commit(),
         "began": began.isoformat(timespec="seconds"),
@@ -276,6 +270,27 @@ def measure_pair(pair: str, options: argparse.Namespace) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "load_average": {"start": load_before, "end": os.getloadavg()},
         "environment": environment(),
+        "reference_seconds": spread([r["reference"]["seconds"] for r in repeats]),
+        "repeats": repeats,
+    }
+    timed = {
+        name: {
+            "seconds": spread([r["searches"][name]["seconds"] for r in repeats]),
+            "ratio": spread([r["ratios"][name] for r in repeats]),
+            "run": run,
+        }
+        for name in options.searches
+    }
+    return {
+        "model": pair.split(":")[0],
+        "task": case.task.name,
+        "examples": {name: len(part.examples) for name, part in zip(("validation", "test"), case.parts)},
+        "edits": len(case.edits),
+        "settings": case.settings.model_dump(mode="json"),
+        "searches": before.get("searches", {}) | timed,
+        "found": before.get("found", {}) | {name: found_by(result) for name, result in results.items()},
+        "agreement": agreement,
+        "check": check_winner(case, results["race"]) if options.check_winner else before.get("check"),
     }
 
 
@@ -298,9 +313,12 @@ def git_commit() -> str:
 def table(folder: Path) -> str:
     """Render the saved results as Markdown: speed, then what was found; brackets hold the smallest and the largest."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("search-*.json"))]
-    results = [result for result in found if "ratios" in result]
+    results = [result for result in found if "searches" in result]
     speed = ("Model", "Task", "Examples (choose + prove)", "Edits", "Reference, s (scaled)")
-    speed += tuple(f"{name}, {what}" for name in SEARCHES for what in ("s", "ratio")) + ("Examples scored by race",)
+    speed += tuple(f"{name}, {what}" for name in SEARCHES for what in ("s", "ratio")) + (
+        "Examples scored by race",
+        "Prefix cache, MiB",
+    )
     names = sorted({name for result in results for name in result["found"]}, key=[*SEARCHES, *VARIANTS].index)
     quality = ("Model", "Task", "Unedited", *names)
     return "\n\n".join(
@@ -315,14 +333,14 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _speed(result: dict[str, Any]) -> tuple[str, ...]:
     examples = result["examples"]
     cells = [result["model"], result["task"], f"{examples['validation']} + {examples['test']}", str(result["edits"])]
-    cells.append(_spread(result["seconds"]["reference"]))
+    cells.append(_spread(result["searches"]["race"]["run"]["reference_seconds"]))
     for name in SEARCHES:
-        cells += [_spread(result["seconds"][name]), _spread(result["ratios"][name])]
+        cells += [_spread(result["searches"][name]["seconds"]), _spread(result["searches"][name]["ratio"])]
     # The unedited model is scored once on the examples that choose, and three models on those that prove.
     race = result["found"]["race"]
     proving = examples["validation"] + (3 if race["edits"] else 1) * examples["test"]
     share = (race["trials"]["examples"] - proving) / (result["edits"] * examples["validation"])
-    return (*cells, f"{100 * share:.0f} %")
+    return (*cells, f"{100 * share:.0f} %", f"{race['trials']['prefix_cache_bytes'] / 2**20:.0f}")
 
 
 def _quality(result: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
@@ -358,6 +376,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--reference-edits", type=int, default=2, help="edits the reference loop runs in each repeat")
     add("--repeats", type=int, default=3, help="turns of either side")
     add("--workers", type=int, default=2, help="processes of the race, which share the threads")
+    add("--searches", type=_list_of(str), default=tuple(SEARCHES), help="which of them to time, with commas between")
     add("--variants", action="store_true", help="also run the searches of VARIANTS once, for what they find")
     add("--check-winner", action="store_true", help="repeat the search by brute force and compare")
     add("--threads", type=int, help="threads of torch; default torch's own")
@@ -378,8 +397,9 @@ def main() -> None:
             torch.set_num_threads(options.threads)
         options.results.mkdir(parents=True, exist_ok=True)
         for pair in options.pair or PAIRS:
-            result = measure_pair(pair, options)
-            path = options.results / f"search-{result['model']}-{result['task']}.json"
+            path = options.results / f"search-{pair.replace(':', '-')}.json"
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            result = measure_pair(pair, options, before)
             path.write_text(to_json(_plain(result)), encoding="utf-8")
     print(table(options.results))
 

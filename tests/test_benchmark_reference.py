@@ -103,10 +103,11 @@ def test_the_benchmark_measures_checks_and_renders(model, tokenizer, task, monke
     assert found["check"]["same_accuracies"] == found["check"]["scored_to_the_end"] > 0
     assert found["check"]["largest_loss_difference"] < 1e-5
     assert found["agreement"]["same_answer_tokens"] == found["agreement"]["same_prediction"] == 4
-    passes = [[timing["matrix"] for timing in repeat["reference"]["sample_passes"]] for repeat in found["repeats"]]
+    repeats = found["searches"]["race"]["run"]["repeats"]
+    passes = [[timing["matrix"] for timing in repeat["reference"]["sample_passes"]] for repeat in repeats]
     assert passes[0] != passes[1]
     assert {name.split(".")[2] for name in passes[0]} == {"0", "1", "2"}
-    for repeat in found["repeats"]:
+    for repeat in repeats:
         for name, ratio in repeat["ratios"].items():
             assert ratio == pytest.approx(repeat["reference"]["seconds"] / repeat["searches"][name]["seconds"])
     trials = found["found"]["race"]["trials"]

@@ -12,7 +12,7 @@ import tiny_models as tiny
 from eckart.encoding import arrange, encode
 from eckart.layout import PASS_TOKENS, Row, Sequence_, lay_out, padded_tokens
 from eckart.prefix import run_block
-from eckart.scoring import only_positions, prepare, score, stratify
+from eckart.scoring import only_positions, prepare, rearrange, score
 from eckart.tasks import Example, make_task
 
 # Few different tokens, so that prompts and answers often begin alike.
@@ -157,7 +157,7 @@ def test_layouts_give_the_likelihoods_of_one_by_one_or_are_not_used(name, make, 
 def test_the_layouts_agree_on_every_answer(layout):
     model, tokenizer = tiny.build("qwen3"), tiny.tokenizer()
     plain = prepare(model, tokenizer, few_shot(), batch_tokens=1)
-    other = stratify(model, arrange(plain, layout=layout, batch_tokens=200), [0] * plain.count)
+    other = rearrange(model, arrange(plain, layout=layout, batch_tokens=200), [0] * plain.count)
     assert other.layout == layout
     found, expected = score(model, tokenizer, other), score(model, tokenizer, plain)
     np.testing.assert_allclose(found.loss, expected.loss, atol=1e-5)
@@ -170,7 +170,7 @@ def test_strata_move_no_number(name):
     encoded = prepare(model, tokenizer, few_shot(), batch_tokens=150)
     plain = score(model, tokenizer, encoded)
     strata = [(7 * index) % 3 for index in range(encoded.count)]
-    again = stratify(model, encoded, strata)
+    again = rearrange(model, encoded, strata)
     assert again.layout == encoded.layout
     order = [{strata[index] for index in block.examples} for block in again.blocks]
     assert all(len(members) == 1 for members in order)
@@ -184,7 +184,7 @@ def test_windows_of_text_have_strata_too():
     model, tokenizer = tiny.build("llama"), tiny.tokenizer()
     task = make_task("text", [Example(tiny.sentence(length, length), None) for length in (40, 9, 25)])
     encoded = prepare(model, tokenizer, task, window=16, stride=16)
-    again = stratify(model, encoded, [index % 2 for index in range(encoded.count)])
+    again = rearrange(model, encoded, [index % 2 for index in range(encoded.count)])
     assert [index % 2 for block in again.blocks for index in block.examples] == sorted(
         index % 2 for index in range(encoded.count)
     )
@@ -203,7 +203,7 @@ def test_gradients_flow_through_shared_prefixes():
     plain = encode(few_shot(), tokenizer, "causal", context=None)
     found = []
     for encoded in (plain, arrange(plain, layout="prefixes")):
-        encoded = stratify(model, encoded, [0] * plain.count)
+        encoded = rearrange(model, encoded, [0] * plain.count)
         model.zero_grad()
         for block in encoded.blocks:
             with only_positions(model, block.rows, block.columns) as logits_of:

@@ -7,7 +7,7 @@ import tiny_models as tiny
 from eckart.encoding import arrange, encode
 from eckart.matrices import find_blocks
 from eckart.prefix import PrefixCache, agree, run_block
-from eckart.scoring import only_positions, prepare, stratify
+from eckart.scoring import only_positions, prepare, rearrange
 from eckart.tasks import Example, make_task
 
 
@@ -20,7 +20,7 @@ def few_shot(count=8):
 
 def laid_out(model, layout, batch_tokens=100):
     plain = encode(few_shot(), tiny.tokenizer(), "causal", context=None, batch_tokens=batch_tokens)
-    return stratify(model, arrange(plain, layout=layout), [0] * plain.count)
+    return rearrange(model, arrange(plain, layout=layout), [0] * plain.count)
 
 
 def logits(model, block, forward):

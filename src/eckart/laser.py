@@ -27,7 +27,7 @@ from eckart.proof import Flip, cheap_controls, prove, warnings_of
 from eckart.race import Measurements, Rival, Rules, Trial, choose, measurements, removed, strata_of
 from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
-from eckart.scoring import BlockScores, assemble, prepare, score, score_block, stratify
+from eckart.scoring import BlockScores, assemble, prepare, rearrange, score, score_block
 from eckart.sensitivity import Prediction, predict
 from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
 from eckart.sweep import Candidate, Route, key_of, route_of
@@ -231,7 +231,7 @@ def search(
         (unedited,) = driver.score("validation", [()])
         baseline = Rival((), measurements(parts["validation"], unedited, rules), unedited)
         began = time.perf_counter()
-        predictions = _predict(model, tokenizer, validation, grid, settings)
+        predictions = _predict(model, tokenizer, parts["validation"], grid, settings)
         predicting = time.perf_counter() - began
         route = route_of(model)
         trials = _singles(driver, route, grid, predictions, baseline, settings)
@@ -325,7 +325,7 @@ def _lay_out(
     strata = strata_of(encoded.count, scores, confidence=settings.confidence, seed=settings.seed)
     if strata is None:
         return encoded, Rules(settings.best_at, settings.tolerance)
-    arranged = stratify(model, encoded, strata)
+    arranged = rearrange(model, encoded, strata)
     ends = [strata[block.examples[0]] for block in arranged.blocks]
     looks = tuple(n for n in range(1, len(ends)) if ends[n] != ends[n - 1])
     return arranged, Rules(settings.best_at, settings.tolerance, settings.confidence, looks)
@@ -344,17 +344,20 @@ def _in_order(
 
 
 def _predict(
-    model: nn.Module, tokenizer: Any, validation: Task, grid: Grid, settings: SearchSettings
+    model: nn.Module, tokenizer: Any, encoded: Encoded, grid: Grid, settings: SearchSettings
 ) -> tuple[Prediction, ...]:
     """Predict every edit from the first examples; nothing where no prediction is wanted or possible."""
     if settings.strategy == "exhaustive" or not settings.predictable:
         return ()
-    few = replace(validation, examples=validation.examples[:GUIDED_EXAMPLES])
-    if settings.strategy == "guided":
-        few = validation
     # Smaller blocks than for scoring: the standard error is over blocks.
-    options = settings.encoding | {"batch_tokens": max(1, settings.batch_tokens // 4)}
-    return predict(model, prepare(model, tokenizer, few, **options), grid, guard=settings.guard)
+    batch_tokens = max(1, settings.batch_tokens // 4)
+    validation = encoded.task
+    if len(validation.examples) > GUIDED_EXAMPLES and settings.strategy == "race":
+        few = replace(validation, examples=validation.examples[:GUIDED_EXAMPLES])
+        few = prepare(model, tokenizer, few, **settings.encoding | {"batch_tokens": batch_tokens})
+    else:
+        few = rearrange(model, encoded, batch_tokens=batch_tokens)
+    return predict(model, few, grid, guard=settings.guard)
 
 
 def _singles(

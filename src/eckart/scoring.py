@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, prompt_tokens, worthwhile
-from eckart.layout import Block, lay_out
+from eckart.layout import Block, Layout, lay_out
 from eckart.matrices import output_embeddings
 from eckart.prefix import run_block
 from eckart.results import Measurement, mean, perplexity
@@ -125,14 +125,17 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     return plain
 
 
-def stratify(model: nn.Module, encoded: Encoded, strata: Sequence[int]) -> Encoded:
-    """Put some examples before others, in the layout that was found exact for the model.
+def rearrange(
+    model: nn.Module, encoded: Encoded, strata: Sequence[int] | None = None, *, batch_tokens: int | None = None
+) -> Encoded:
+    """Divide examples into other blocks, in the layout that was found exact for the model.
 
     Args:
         model: The model that `encoded` was prepared for. Not modified.
         encoded: From `prepare`. Not modified.
         strata: A number for each example (window, for perplexity tasks): those of smaller numbers come first, and
-            no block mixes two of them.
+            no block mixes two of them. By default none.
+        batch_tokens: As for `encode`; by default what it was.
 
     Returns:
         The task in other blocks, on the model's device.
@@ -140,7 +143,7 @@ def stratify(model: nn.Module, encoded: Encoded, strata: Sequence[int]) -> Encod
     Raises:
         ValueError: There are more or fewer strata than examples.
     """
-    return _on_device(model, arrange(encoded, strata=strata))
+    return _on_device(model, arrange(encoded, strata=strata, batch_tokens=batch_tokens))
 
 
 def _on_device(model: nn.Module, encoded: Encoded) -> Encoded:
@@ -162,26 +165,28 @@ def _moved(model: nn.Module, block: Block) -> Block:
 
 
 def _same_likelihoods(model: nn.Module, shared: Encoded, plain: Encoded) -> bool:
-    """Check some examples of the first block and of that of the longest: does a layout give the plain one's scores?
+    """Check some neighbours and the longest example: does a layout give the plain one's scores?
 
     Models with sliding windows shorter than the prompt, ALiBi or other masks of their own do not.
     """
     longest = max(range(plain.count), key=lambda index: max(len(s.row.ids) for s in plain.sequences[index]))
-    blocks = [shared.blocks[0], *(block for block in shared.blocks[1:] if longest in block.examples)]
-    some = {index for block in blocks for index in block.examples[:: -(-len(block.examples) // CHECKED)]}
-    checked = sorted({longest, *some})
+    checked = sorted({longest, *shared.blocks[0].examples[:CHECKED]})
     items = [plain.sequences[index] for index in checked]
-    alone = lay_out(items, "plain", kind=plain.model_kind, pad=plain.pad, batch_tokens=plain.batch_tokens)
+
+    def likelihoods(layout: Layout) -> dict[int, NDArray[Any]]:
+        blocks = lay_out(items, layout, kind=plain.model_kind, pad=plain.pad, batch_tokens=plain.batch_tokens)
+        return _likelihoods(model, [_moved(model, block) for block in blocks])
+
     try:
-        found = _likelihoods(model, blocks)
+        found = likelihoods(shared.layout)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # the model takes no cache, position ids or mask of this kind
-    expected = _likelihoods(model, [_moved(model, block) for block in alone])
+    expected = likelihoods("plain")
     tolerance = 1e-5 if torch.finfo(next(model.parameters()).dtype).bits >= 32 else 2e-2
     return all(
-        abs(found[index][answer] - expected[number][answer]) <= tolerance * (10 + len(sequence.targets))
-        for number, index in enumerate(checked)
-        for answer, sequence in enumerate(items[number])
+        abs(found[number][answer] - expected[number][answer]) <= tolerance * (10 + len(sequence.targets))
+        for number, sequences in enumerate(items)
+        for answer, sequence in enumerate(sequences)
     )
 
 

@@ -562,9 +562,10 @@ def test_evaluate_on_a_full_disk_leaves_no_results(program, tiny_llama_folder, c
     assert not out.exists() or list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("dense", [["--dense"], []])
 @pytest.mark.parametrize("largest", [1000, 10_000])
-def test_apply_on_a_full_disk_leaves_nothing(largest, program, plan, tiny_llama_folder, out):
-    result = program("apply", tiny_llama_folder, plan(), "--dense", "--out", out, largest_file=largest)
+def test_apply_on_a_full_disk_leaves_nothing(largest, dense, program, plan, tiny_llama_folder, out):
+    result = program("apply", tiny_llama_folder, plan(), *dense, "--out", out, largest_file=largest)
     assert result.status == 1
     assert "Traceback" not in result.err
     assert len(result.err.strip().splitlines()) == 1

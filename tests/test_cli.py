@@ -416,7 +416,7 @@ def test_a_report_is_drawn_again_byte_by_byte_from_the_results_alone(searched, t
         ["search", "model", "--task", "t", "--out", "o", "--layers", "1-"],
         ["search", "model", "--task", "t", "--out", "o", "--rho", "half"],
         ["evaluate", "model"],
-        ["apply", "model", "plan", "--out", "o"],
+        ["apply", "model", "--out", "o"],
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_message(words, tmp_path, monkeypatch):

@@ -3,18 +3,24 @@
 import eckart
 model, tokenizer = eckart.load("path/to/model")
 found = eckart.search(model, tokenizer, eckart.read_task("mine.jsonl"))
-eckart.apply_(model, found.plan)
+eckart.factor_(model, found.plan)
 eckart.save(model, "out/model", tokenizer)
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from eckart import registration
+
+registration.register_when_imported()
+
 # torch and transformers take seconds to import; they are imported when a name is first used.
 _HOMES = {
     "load": "checkpoint",
     "save": "checkpoint",
     "EckartError": "errors",
+    "Factoring": "factoring",
+    "factor_": "factoring",
     "evaluate": "scoring",
     "Matrix": "matrices",
     "coverage": "matrices",
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
     from eckart.checkpoint import load as load
     from eckart.checkpoint import save as save
     from eckart.errors import EckartError as EckartError
+    from eckart.factoring import Factoring as Factoring
+    from eckart.factoring import factor_ as factor_
     from eckart.laser import SearchResult as SearchResult
     from eckart.laser import search as search
     from eckart.matrices import Matrix as Matrix

@@ -1,11 +1,16 @@
-"""Models on disk: load them safely, and write folders that appear whole or not at all."""
+"""Models on disk: load them safely, and write folders that appear whole or not at all.
+
+A factored model is saved as transformers saves any; `eckart.quantizer` is what builds its layers when it is loaded.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import tempfile
@@ -19,8 +24,9 @@ import transformers
 import yaml
 from torch import nn
 
-from eckart.errors import ModelError, OutputError
+from eckart.errors import EckartError, ModelError, OutputError
 from eckart.plan import Plan, write_plan
+from eckart.quantizer import LowRankConfig, sizes
 
 _MAX_HEADER = 100_000_000  # the safetensors format's own limit
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -265,8 +271,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_empty(target)
     temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = _make_beside(target)
         yield temporary
         for path in sorted(temporary.rglob("*")):
             _sync(path)
@@ -280,11 +285,50 @@ def new_folder(target: Path) -> Iterator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if is_full_disk(error) or (isinstance(error, OSError) and not isinstance(error, OutputError)):
-            raise OutputError(
-                f"{target} could not be written: {_first_line(error)}. Nothing of it was kept. "
-                "Free space there or choose another --out."
-            ) from error
+            raise _cannot_write(target, error) from error
         raise
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Lend a folder on the disk that a folder will be written to.
+
+    Args:
+        target: What will be written; parents that are missing are made, and removed again if they stay empty.
+
+    Yields:
+        A new folder beside `target`, which is removed with what is in it.
+
+    Raises:
+        OutputError: The disk is full, or the folder cannot be made.
+    """
+    missing = [parent for parent in target.parents if not parent.exists()]
+    temporary: Path | None = None
+    try:
+        temporary = _make_beside(target)
+        yield temporary
+    except BaseException as error:
+        if is_full_disk(error) or (isinstance(error, OSError) and not isinstance(error, EckartError)):
+            raise _cannot_write(target, error) from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _make_beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+
+
+def _cannot_write(target: Path, error: BaseException) -> OutputError:
+    return OutputError(
+        f"{target} could not be written: {_first_line(error)}. Nothing of it was kept. "
+        "Free space there or choose another --out."
+    )
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -326,14 +370,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, plan: Plan | None = None) -> Path:
-    """Write a dense Hugging Face folder that plain transformers loads.
+MANIFEST = "SHA256SUMS"
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    plan: Plan | None = None,
+    *,
+    max_shard_size: str | int = "5GB",
+) -> Path:
+    """Write a Hugging Face folder.
+
+    Plain transformers loads it, if the model is dense. If it has low-rank layers, `import eckart` comes first;
+    without it, loading fails with a message about mismatched sizes.
 
     Args:
-        model: A transformers model. Not modified.
-        folder: Must not exist, or be empty. It appears whole or not at all.
+        model: A transformers model, dense or factored. Not modified.
+        folder: Must not exist, or be empty. It appears whole or not at all, with the SHA-256 of every file in
+            `SHA256SUMS` (`sha256sum --check SHA256SUMS` compares them).
         tokenizer: Written beside the weights.
         plan: Written beside the weights as `plan.json`, and told in the model card.
+        max_shard_size: Of a safetensors file, in bytes or as `5GB`.
 
     Returns:
         The folder.
@@ -344,20 +403,39 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, plan: Plan
     saved: Any = model
     target = Path(folder)
     with new_folder(target) as temporary:
-        saved.save_pretrained(temporary)
+        saved.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if plan is not None:
             write_plan(temporary / "plan.json", plan)
-            (temporary / "README.md").write_text(model_card(plan), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(plan, model), encoding="utf-8")
+        write_manifest(temporary)
     return target
 
 
-def model_card(plan: Plan) -> str:
+def write_manifest(folder: Path) -> None:
+    """Write the SHA-256 of every file of a folder into it, as the program sha256sum does.
+
+    Args:
+        folder: Gets the file `SHA256SUMS`; folders in it are covered too.
+    """
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+            lines.append(f"{digest.hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def model_card(plan: Plan, model: nn.Module | None = None) -> str:
     """Describe an edited model for those who find it.
 
     Args:
         plan: What was done to it.
+        model: The edited model; if it has low-rank layers, the card tells its size and how to load it.
 
     Returns:
         Markdown with Hugging Face's metadata header.
@@ -368,6 +446,9 @@ def model_card(plan: Plan) -> str:
 
     rows = [f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |" for e in plan.edits]
     base = yaml.safe_dump({"base_model": plan.model.source}).rstrip("\n")
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    size = _size_lines(model, config) if model is not None and isinstance(config, LowRankConfig) else []
+    command = shlex.join(["eckart", "apply", plan.model.source, "plan.json", *([] if size else ["--dense"])])
     return "\n".join(
         [
             "---",
@@ -382,9 +463,33 @@ def model_card(plan: Plan) -> str:
             f"matrices replaced by eckart {plan.made_by.eckart}. `plan.json` holds the plan; "
             f"SHA-256 of the original weights: {code(plan.model.weights_sha256)}.",
             "",
+            f"Made again by {code(command + ' --out DIR')}.",
+            "",
+            *size,
             "| matrix | kind | rho | rank | basis |",
             "|---|---|---|---|---|",
             *rows,
             "",
         ]
     )
+
+
+def _size_lines(model: nn.Module, config: LowRankConfig) -> list[str]:
+    """What the card of a factored model says besides."""
+    now, dense = sizes(model)
+    stayed = [f"- `{name}` stayed dense: {reason}." for name, reason in config.dense.items()]
+    return [
+        f"Its {len(config.layers)} low-rank layers are stored as factors: {now.parameters:,} parameters "
+        f"({now.bytes:,} bytes) in all, where the dense model has {dense.parameters:,} ({dense.bytes:,} bytes). "
+        "Plain transformers cannot load it and says so; with `pip install eckart` it can:",
+        "",
+        "```python",
+        "import eckart",
+        "from transformers import AutoModel  # or the class for the task",
+        "",
+        'model = AutoModel.from_pretrained("this folder")',
+        "dense = model.dequantize()  # where factors are not understood",
+        "```",
+        "",
+        *([*stayed, ""] if stayed else []),
+    ]

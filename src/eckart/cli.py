@@ -272,7 +272,7 @@ def apply(
         Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder of a run.", show_default=False)
     ],
     out: Out,
-    dense: Annotated[bool, typer.Option("--dense", help="Write an ordinary Hugging Face folder.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Write dense weights, not factors.")] = False,
     device: Device = "auto",
     dtype: Dtype = "stored",
     force: Force = False,
@@ -280,12 +280,21 @@ def apply(
 ) -> None:
     """Write the model that a plan describes to OUT/model."""
     with _reported(debug):
-        if not dense:
-            raise typer.BadParameter("this version writes dense checkpoints: add --dense")
         from eckart.run import run_apply
 
-        folder = run_apply(model, plan, out, device=device, dtype=dtype, force=force)
-        output.print(f"Wrote {_safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
+        folder, factoring = run_apply(model, plan, out, device=device, dtype=dtype, force=force, dense=dense)
+        if factoring is None or not factoring.layers:
+            output.print(f"Wrote {_safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
+        else:
+            before, after = factoring.before, factoring.after
+            output.print(
+                f"Wrote {_safe(str(folder))}, which transformers loads after `import eckart`.\n"
+                f"{len(factoring.layers)} weights are stored as factors: the model takes {after.bytes:,} bytes "
+                f"instead of {before.bytes:,} ({100 * after.bytes / before.bytes:.1f} %).",
+                soft_wrap=True,
+            )
+        for name, reason in factoring.dense.items() if factoring is not None else ():
+            errors.print(f"[yellow]note:[/] {_safe(name)} stays dense: {_safe(reason)}", soft_wrap=True)
 
 
 @app.command()

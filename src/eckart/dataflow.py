@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eckart.errors import ModelError
+from eckart.experts import FactoredExperts, Product
+from eckart.linear import LowRankLayer
 
 BLOCK = "block input"
 ATTENTION = "attention output"
@@ -109,6 +111,8 @@ class _Recorder(TorchFunctionMode):
     def _weight(self, name: str, args: Any, kwargs: Any) -> tuple[str, bool] | None:
         position, as_in_out = _PRODUCTS[name]
         operand = args[position] if len(args) > position else kwargs.get("weight")
+        if isinstance(operand, Product) and (found := self.storages.get(operand.left.untyped_storage().data_ptr())):
+            return found[0], as_in_out
         if not isinstance(operand, Tensor) or operand.ndim < 2:
             return None
         found = self.storages.get(operand.untyped_storage().data_ptr())
@@ -212,23 +216,47 @@ def trace(model: nn.Module, blocks: Iterable[str], inputs: dict[str, Any]) -> di
         inputs: Keyword arguments of `model.forward`.
 
     Returns:
-        Parameter name -> use, for every parameter that took part in a product.
+        Parameter name -> use, for every parameter that took part in a product; a low-rank layer (by its path) counts
+        as one product, whatever its factors do.
 
     >>> import torch
     >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     >>> sorted(trace(mlp, [], {"input": torch.ones(1, 4)}))
     ['0.weight', '2.weight']
     """
+    low_rank = low_rank_layers(model)
+    factors = {id(parameter) for layer in low_rank.values() for parameter in layer.parameters()}
     parameters = {
         parameter.untyped_storage().data_ptr(): (name, parameter)
         for name, parameter in model.named_parameters()
-        if parameter.ndim in (2, 3) and parameter.is_floating_point()
+        if parameter.ndim in (2, 3) and parameter.is_floating_point() and id(parameter) not in factors
     }
+    for path, layer in low_rank.items():
+        if isinstance(layer, FactoredExperts):
+            parameters |= {part.untyped_storage().data_ptr(): (path, part) for part in (layer.up, layer.down)}
     recorder = _Recorder(parameters)
     with evaluating(model), only_gradients_of(model, ()), torch.inference_mode(False), torch.enable_grad():
-        with _blocks_cut(model, blocks, recorder), recorder:
+        with _blocks_cut(model, blocks, recorder), _whole(low_rank, recorder), recorder:
             model(**inputs)
         return _classify(recorder)
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """List the low-rank layers of a model.
+
+    Args:
+        model: Any model. Not modified.
+
+    Returns:
+        Path -> layer, in the model's order; the blocks inside a row-blocked layer are not listed by themselves.
+    """
+    found: dict[str, LowRankLayer] = {}
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, LowRankLayer) and module not in inside:
+            found[path] = module
+            inside.update(module.modules())
+    return found
 
 
 def execution_order(model: nn.Module, names: Iterable[str], inputs: dict[str, Any]) -> tuple[str, ...]:
@@ -318,6 +346,27 @@ def _blocks_cut(model: nn.Module, blocks: Iterable[str], recorder: _Recorder) ->
         return tuple(cut(a) for a in args), {key: cut(value) for key, value in kwargs.items()}
 
     handles = [model.get_submodule(name).register_forward_pre_hook(entering, with_kwargs=True) for name in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _whole(layers: dict[str, LowRankLayer], recorder: _Recorder) -> Iterator[None]:
+    """Label the output of every low-rank layer as one product."""
+
+    def leaving(path: str) -> Any:
+        def label(_module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            copy = recorder.leaf(output, "product", path)
+            recorder.products.append(_Product(path, False, args[0], recorder.leaves[-1]))
+            return copy
+
+        return label
+
+    linear = {path: layer for path, layer in layers.items() if not isinstance(layer, FactoredExperts)}
+    handles = [layer.register_forward_hook(leaving(path)) for path, layer in linear.items()]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.dataflow import example_inputs, trace
+from eckart.dataflow import example_inputs, low_rank_layers, trace
 from eckart.errors import MatrixError
 
 ATTENTION_TYPES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "out_proj")
@@ -62,7 +62,8 @@ def find_matrices(model: nn.Module, inputs: dict[str, Any] | None = None) -> tup
 
     Types come from the data flow of one small forward pass (see `eckart.dataflow`), never from the name of
     the architecture or of a module. Embeddings, the output head, norms, biases and convolutions are not listed.
-    A fused query-key-value weight is listed as `qkv_proj` and again as its three parts.
+    A fused query-key-value weight is listed as `qkv_proj` and again as its three parts. Low-rank layers are not
+    listed, since there is no matrix to cut; `model.dequantize()` makes them matrices again.
 
     Args:
         model: A loaded transformers model. Not modified.
@@ -82,17 +83,17 @@ def find_matrices(model: nn.Module, inputs: dict[str, Any] | None = None) -> tup
     """
     blocks = find_blocks(model)
     traced = trace(model, [name for name, _, _ in blocks], inputs or example_inputs(model))
-    embeddings = _embedding_parameters(model)
+    skipped = _embedding_parameters(model) | _factor_parameters(model)
     places = {name: (stack, layer) for name, stack, layer in blocks}
     parameters = dict(model.named_parameters())
     uses = {name: (use.transposed, use.parts, use.heads) for name, use in traced.items()}
 
     # A weight that the probe did not reach (an expert that no token chose) is used as its siblings are.
-    by_template = {(_template(name), parameters[name].shape): use for name, use in uses.items()}
+    by_template = {(_template(name), parameters[name].shape): use for name, use in uses.items() if name in parameters}
     found: list[Matrix] = []
     for name, parameter in parameters.items():
         use = uses.get(name) or by_template.get((_template(name), parameter.shape))
-        if use is None or name in embeddings:
+        if use is None or name in skipped:
             continue
         transposed, parts, heads = use
         stack, layer = _place(name, places)
@@ -112,14 +113,17 @@ def find_blocks(model: nn.Module) -> list[tuple[str, str, int]]:
         (block's path, path of its list, index in the list), in the order of `named_modules`.
     """
     blocks: list[tuple[str, str, int]] = []
+    outside = list(low_rank_layers(model))
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{block}.") for block, _, _ in blocks)
+        inside = any(path.startswith(f"{outer}.") for outer in outside)
         if isinstance(module, nn.ModuleList) and not inside:
-            blocks.extend(
+            found = [
                 (f"{path}.{index}", path, index)
                 for index, child in enumerate(module)
                 if any(parameter.ndim >= 2 for parameter in child.parameters())
-            )
+            ]
+            blocks += found
+            outside += [block for block, _, _ in found]
     return blocks
 
 
@@ -148,6 +152,11 @@ def _embedding_parameters(model: nn.Module) -> set[str]:
     if head is not None:
         tables |= {id(parameter) for parameter in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+
+def _factor_parameters(model: nn.Module) -> set[str]:
+    """Names of parameters that belong to a low-rank layer."""
+    return {f"{path}.{name}" for path, layer in low_rank_layers(model).items() for name, _ in layer.named_parameters()}
 
 
 def _place(name: str, places: dict[str, tuple[str, int]]) -> tuple[str, int | None]:
@@ -346,7 +355,7 @@ def coverage(model: nn.Module, matrices: Iterable[Matrix]) -> float:
     """Give the share of the model's non-embedding weight-matrix parameters that `matrices` hold.
 
     Counted against every 2-D weight of a linear layer and every 3-D stack of experts, found independently of
-    the data flow, so that a layer which the probe missed lowers the figure.
+    the data flow, so that a layer which the probe missed lowers the figure. Low-rank layers do not count.
 
     Args:
         model: The model. Not modified.
@@ -355,7 +364,7 @@ def coverage(model: nn.Module, matrices: Iterable[Matrix]) -> float:
     Returns:
         A fraction from 0 to 1.
     """
-    embeddings = _embedding_parameters(model)
+    skipped = _embedding_parameters(model) | _factor_parameters(model)
     parameters = dict(model.named_parameters())
     held = {matrix.parameter for matrix in matrices}
     expected = set(held)
@@ -363,7 +372,7 @@ def coverage(model: nn.Module, matrices: Iterable[Matrix]) -> float:
         for name, parameter in module.named_parameters(path, recurse=False):
             linear = parameter.ndim == 2 and name.endswith("weight") and not isinstance(module, nn.Embedding)
             stacked = parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.Conv1d)
-            if name in parameters and name not in embeddings and (linear or stacked):
+            if name in parameters and name not in skipped and (linear or stacked):
                 expected.add(name)
     total = sum(parameters[name].numel() for name in expected)
     return sum(parameters[name].numel() for name in held) / total if total else 0.0
@@ -427,9 +436,23 @@ def _view(tensor: Tensor, matrix: Matrix) -> Tensor:
     return tensor.T if matrix.transposed else tensor
 
 
+def rows_of(matrix: Matrix) -> Tensor:
+    """Give the output rows of the parameter that a matrix holds.
+
+    Args:
+        matrix: Any matrix.
+
+    Returns:
+        Indices, int64, on the CPU; in the order in which `read` gives the rows.
+    """
+    if matrix.rows is None:
+        return torch.arange(matrix.shape[0])
+    return torch.cat([torch.arange(rows.start, rows.stop, rows.step) for rows in matrix.rows])
+
+
 def _index(matrix: Matrix) -> Any:
     assert matrix.rows is not None
     if len(matrix.rows) == 1:
         rows = matrix.rows[0]
         return slice(rows.start, rows.stop, rows.step)
-    return torch.cat([torch.arange(rows.start, rows.stop, rows.step) for rows in matrix.rows])
+    return rows_of(matrix)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save
+from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, temporary_folder
+from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
 from eckart.errors import OutputError
+from eckart.factoring import Factoring, factor_
 from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
@@ -209,8 +211,12 @@ def run_apply(
     device: str = "auto",
     dtype: str = "stored",
     force: bool = False,
-) -> Path:
-    """Write the dense model that a plan describes to `out/model`.
+    dense: bool = False,
+) -> tuple[Path, Factoring | None]:
+    """Write the model that a plan describes to `out/model`.
+
+    On a CPU, and in the dtype of the files, weights and factors are mapped from files, so that a model may be larger
+    than memory. (Where transformers joins several weights of the files into one, as for most experts, that one is not.)
 
     Args:
         source: Folder or hub id of the model that the plan was made for.
@@ -219,9 +225,10 @@ def run_apply(
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
         force: Accept a plan made for other weights.
+        dense: Write dense weights, which plain transformers loads; layers that were low-rank before are multiplied out.
 
     Returns:
-        The model's folder.
+        The model's folder, and what became of the edited weights unless all are dense.
 
     Raises:
         EckartError: Bad input, or the folder cannot be written; nothing is left of it then.
@@ -231,9 +238,15 @@ def run_apply(
     plan = read_plan(plan_path)
     model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
-    apply_(model, plan, force=force)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
-    return save(model, folder, tokenizer, plan)
+    if dense:
+        apply_(model, plan, force=force)
+        if low_rank_layers(model):
+            model.dequantize()
+        return save(model, folder, tokenizer, plan), None
+    with temporary_folder(folder) as spill:
+        factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
+        return save(model, folder, tokenizer, plan), factoring
 
 
 def forecast_search(

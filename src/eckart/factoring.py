@@ -1,0 +1,261 @@
+"""From a plan to low-rank layers: which module gets which, and what stays dense because factors would not be smaller.
+
+Notation: a weight (out, in) is divided into parts, groups of its rows that have one rank each; the rows that no edit
+touches are parts without one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from eckart import truncation
+from eckart.experts import FactoredExperts
+from eckart.linear import STORAGES, LowRankLayer, RowBlockedLinear, Storage, bytes_stored, cheapest_storage
+from eckart.matrices import Matrix, read, rows_of, write
+from eckart.plan import Edit, Plan
+from eckart.quantizer import Size, StoredLayer, attach_, replace_, sizes, stored_as
+from eckart.surgery import check_plan, clusters_of, replacement
+from eckart.truncation import Spectrum
+
+AT_MOST = 0.9
+"""Share of the dense bytes that factors may take: with less saved they would cost time (see `cheapest_storage`)."""
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """What `factor_` made of a plan."""
+
+    layers: dict[str, StoredLayer]
+    """Module's path (parameter's path for experts) -> how its weight is stored now."""
+    dense: dict[str, str]
+    """Path -> why its edited weight stayed dense."""
+    before: Size
+    """Of the whole model, before."""
+    after: Size
+    """Of the whole model as it is now."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a weight that are stored in one piece."""
+
+    rows: Tensor
+    rank: int | None
+    """None where no edit lowers it."""
+    edit: Edit | None = None
+
+
+def factor_(
+    model: nn.Module,
+    plan: Plan | Sequence[Edit],
+    matrices: Sequence[Matrix] | None = None,
+    *,
+    force: bool = False,
+    at_most: float = AT_MOST,
+    spill: Path | None = None,
+) -> Factoring:
+    """Put a plan's edits into a model as low-rank layers, in place.
+
+    The model then computes what it does after `apply_`, but for rounding. A weight whose factors would not be smaller
+    is edited and stays dense, and so does one that its module uses in another way than a linear layer does.
+
+    Args:
+        model: Modified: the modules that hold the plan's matrices are replaced; config and `save_pretrained` know.
+        plan: A plan made for this model, or bare edits.
+        matrices: From `find_matrices(model)`, where the caller has them; not valid any more afterwards.
+        force: Accept other weights than the plan was made for.
+        at_most: Share of the dense bytes that factors may take.
+        spill: A folder for the factors, on the CPU only: they are mapped from files there, which must outlive the
+            model. With a model whose weights are mapped, too, memory holds one matrix at a time.
+
+    Returns:
+        What became of every edited weight, and the model's size.
+
+    Raises:
+        PlanError: The plan does not fit; the model is untouched then.
+    """
+    pairs = check_plan(model, plan, matrices, force=force)
+    before, _ = sizes(model)
+    parameters: dict[str, list[tuple[Matrix, Edit]]] = {}
+    for matrix, edit in pairs:
+        parameters.setdefault(matrix.parameter, []).append((matrix, edit))
+    layers: dict[str, StoredLayer] = {}
+    dense: dict[str, str] = {}
+    for parameter, edits in parameters.items():
+        stacked = edits[0][0].expert is not None
+        path = parameter if stacked else parameter.removesuffix(".weight")
+        layer = _obstacle(model, parameter) or (_experts if stacked else _linear)(model, edits, at_most)
+        if isinstance(layer, str):
+            dense[path] = layer
+            for matrix, edit in edits:
+                write(model, matrix, replacement(read(model, matrix), edit))
+        else:
+            layers[path] = stored_as(layer, transposed=edits[0][0].transposed)
+            replace_(model, path, layer if spill is None else _mapped(layer, spill / f"{len(layers)}.safetensors"))
+    if layers:
+        attach_(model, layers, dense)
+    return Factoring(layers, dense, before, sizes(model)[0])
+
+
+def _mapped(layer: LowRankLayer, path: Path) -> LowRankLayer:
+    """Move a layer's numbers to a file that is mapped into memory."""
+    save_file({name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, path)
+    layer.load_state_dict(load_file(path), assign=True)
+    # The C library keeps what decompositions freed, in pieces: most of a gigabyte over 300 matrices.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+    return layer
+
+
+def _obstacle(model: nn.Module, parameter: str) -> str | None:
+    """Say why a parameter cannot be anything but dense, if so."""
+    path, _, name = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    held = module.get_parameter(name)
+    holders = [m for m in model.modules() if any(p is held for p in m.parameters(recurse=False))]
+    if len(holders) > 1:
+        return "the weight is shared by several modules"
+    if held.ndim == 3:
+        return None
+    # PyTorch's own attention reads the weight of its output projection instead of calling it.
+    called = isinstance(module, (nn.Linear, Conv1D)) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+    return None if called else f"{type(module).__name__} is not a linear layer"
+
+
+def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float) -> LowRankLayer | str:
+    """Make the layer that takes the place of a linear one, or say why none does."""
+    first = edits[0][0]
+    module: Any = model.get_submodule(first.parameter.rpartition(".")[0])
+    weight = module.weight.detach().T if first.transposed else module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    parts = _parts(weight, edits)
+    joined = torch.cat([part.rows for part in parts])
+    consecutive = torch.equal(joined, torch.arange(len(weight)))
+    storages: list[Storage] = [_storage(part, weight, at_most) for part in parts]
+    numbers = sum(_bytes(storage, part, weight) for storage, part in zip(storages, parts))
+    problem = _too_large(numbers + (0 if consecutive else 8 * len(weight)), weight, at_most)
+    if problem is not None:
+        return problem
+    blocks = [_block(*pair, weight, bias) for pair in zip(parts, storages)]
+    if len(blocks) == 1:
+        (block,) = blocks
+        assert isinstance(block, LowRankLayer)
+        return block
+    return RowBlockedLinear(blocks, None if consecutive else [part.rows.to(weight.device) for part in parts])
+
+
+def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float) -> LowRankLayer | str:
+    """Make the layer that takes the place of stacked experts, or say why none does."""
+    first = edits[0][0]
+    stack = model.get_parameter(first.parameter).detach()
+    weights = list(stack.mT if first.transposed else stack)
+    parts = [
+        _parts(weight, [(matrix, edit) for matrix, edit in edits if matrix.expert == expert])
+        for expert, weight in enumerate(weights)
+    ]
+    out, into = weights[0].shape
+    ranks = [sum(min(len(part.rows), into) if part.rank is None else part.rank for part in each) for each in parts]
+    rank = FactoredExperts.rounded(max(ranks))
+    problem = _too_large(len(weights) * rank * (out + into) * stack.itemsize, stack, at_most)
+    if problem is not None:
+        return f"{problem}: all its experts get the largest of their ranks, {max(ranks)} of {min(out, into)}"
+    spectra = [_joined([(part, _spectrum(part, weight)) for part in each]) for weight, each in zip(weights, parts)]
+    return FactoredExperts.from_spectra(spectra, transposed=first.transposed, dtype=stack.dtype)
+
+
+def _too_large(numbers: int, weight: Tensor, at_most: float) -> str | None:
+    if numbers < at_most * weight.nbytes:
+        return None
+    return f"stored for this rank it would take {numbers:,} bytes, and {weight.nbytes:,} dense"
+
+
+def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
+    """Divide the rows of a weight by what happens to them, in the order of their first rows."""
+    parts: list[_Part] = []
+    free = torch.ones(len(weight), dtype=torch.bool)
+    for matrix, edit in edits:
+        rows = rows_of(matrix)
+        free[rows] = False
+        keeps_all = edit.kind == "low_rank" and edit.svd == "exact" and edit.rank == edit.full_rank
+        if edit.kind == "magnitude" or keeps_all:
+            parts.append(_Part(rows, None, edit))
+            continue
+        for cluster in clusters_of(weight[rows.to(weight.device)], edit):
+            parts.append(_Part(rows[cluster], min(edit.rank, len(cluster), weight.shape[1]), edit))
+    untouched = free.nonzero().flatten()
+    if len(untouched):
+        # Runs of neighbours, so that the order of the rows need not change for them.
+        ends = (untouched.diff() != 1).nonzero().flatten() + 1
+        parts += [_Part(run, None) for run in untouched.tensor_split(ends.tolist())]
+    return sorted(parts, key=lambda part: int(part.rows[0]))
+
+
+def _storage(part: _Part, weight: Tensor, at_most: float) -> Storage:
+    if part.rank is None:
+        return "dense"
+    return cheapest_storage((len(part.rows), weight.shape[1]), part.rank, weight.dtype, at_most=at_most)
+
+
+def _bytes(storage: Storage, part: _Part, weight: Tensor) -> int:
+    return bytes_stored(storage, (len(part.rows), weight.shape[1]), part.rank or 0, weight.dtype)
+
+
+def _spectrum(part: _Part, weight: Tensor) -> Spectrum:
+    """Decompose what a part becomes; without a rank, into as many components as it can have."""
+    rows, edit = weight[part.rows.to(weight.device)], part.edit
+    if part.rank is None:
+        return truncation.decompose(rows if edit is None else replacement(rows, edit))
+    assert edit is not None
+    if edit.kind == "zero":
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        out, into = rows.shape
+        return Spectrum(*(weight.new_zeros(shape, dtype=precise) for shape in ((out, 0), (0,), (0, into))))
+    if edit.svd == "lowrank":
+        return truncation.decompose_approximately(rows, part.rank, niter=edit.niter, seed=edit.seed)
+    return truncation.cut(truncation.decompose(rows), part.rank, basis=edit.basis, seed=edit.seed)
+
+
+def _block(part: _Part, storage: Storage, weight: Tensor, bias: Tensor | None) -> nn.Linear | LowRankLayer:
+    """Make the layer of one part."""
+    rows = part.rows.to(weight.device)
+    part_bias = None if bias is None else bias[rows]
+    if storage != "dense":
+        return STORAGES[storage].from_spectrum(_spectrum(part, weight), bias=part_bias, dtype=weight.dtype)
+    values = weight[rows]
+    if part.rank is not None:
+        values = truncation.dense(_spectrum(part, weight)).to(weight.dtype)
+    elif part.edit is not None:
+        values = replacement(values, part.edit)
+    linear = nn.Linear(values.shape[1], values.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(values.contiguous())
+    if part_bias is not None:
+        linear.bias = nn.Parameter(part_bias.clone())
+    return linear
+
+
+def _joined(parts: list[tuple[_Part, Spectrum]]) -> Spectrum:
+    """Write parts of one weight as one product, whose rank is the sum of theirs and at least 1."""
+    first = parts[0][1]
+    out, into = sum(len(part.rows) for part, _ in parts), first.Vh.shape[1]
+    rank = max(1, sum(len(spectrum.S) for _, spectrum in parts))
+    joined = Spectrum(first.U.new_zeros(out, rank), first.S.new_zeros(rank), first.Vh.new_zeros(rank, into))
+    start = 0
+    for part, spectrum in parts:
+        columns = slice(start, start + len(spectrum.S))
+        joined.U[part.rows.to(joined.U.device), columns] = spectrum.U
+        joined.S[columns], joined.Vh[columns] = spectrum.S, spectrum.Vh
+        start = columns.stop
+    return joined

@@ -84,6 +84,8 @@ def _live(request, files, modules) -> None:
     status = 1
     try:
         os.setsid()  # so that a signal to the group reaches its workers and nobody else
+        # A suite that a shell runs in the background has been told to ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for descriptor, file in zip((1, 2), files):
             os.dup2(file.fileno(), descriptor)
         forkserver._forkserver.ensure_running = lambda: None  # it is the parent's child, and runs

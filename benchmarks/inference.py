@@ -17,13 +17,10 @@ import argparse
 import copy
 import json
 import math
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -33,9 +30,9 @@ import torch
 from torch import nn
 
 from eckart.linear import STORAGES, LowRankLayer, arrange_
-from eckart.results import environment, to_json
+from eckart.results import to_json
 from eckart.truncation import rank_of
-from search import git_commit, spread
+from search import spread, watch
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -118,7 +115,7 @@ def time_round(side: Side, x: torch.Tensor) -> float:
 @torch.inference_mode()
 def measure(shape: tuple[int, int], dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure every batch, rho and storage of one shape."""
-    began, load_before = datetime.now(timezone.utc), os.getloadavg()
+    circumstances = watch("inference.py")
     where = {"device": options.device, "dtype": DTYPES[dtype]}
     dense = make_layer("dense", shape, 0, where)
     rows = []
@@ -145,13 +142,7 @@ def measure(shape: tuple[int, int], dtype: str, options: argparse.Namespace) -> 
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
         "rows": rows,
         "pool_mib": options.pool,
-        "command": shlex.join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
-        "git_commit": git_commit(),
-        "began": began.isoformat(timespec="seconds"),
-        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": {"start": load_before, "end": os.getloadavg()},
-        "environment": environment(),
+        **circumstances(),
     }
 
 

@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -236,7 +236,7 @@ def measure_pair(pair: str, options: argparse.Namespace, before: dict[str, Any])
         options: From the command line.
         before: Results of an earlier run, whose other searches are kept; each search has a reference of its own run.
     """
-    began, load_before = datetime.now(timezone.utc), os.getloadavg()
+    circumstances = watch("search.py")
     case = open_case(pair, options)
     agreement = compare_scores(case, options.reference_examples)  # warms both sides up, too
     repeats: list[dict[str, Any]] = []
@@ -263,13 +263,7 @@ def measure_pair(pair: str, options: argparse.Namespace, before: dict[str, Any])
         for name, settings in VARIANTS.items():
             results[name], _ = run_search(case, settings, 1)
     run = {
-        "command": shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]),
-        "git_commit": git_commit(),
-        "began": began.isoformat(timespec="seconds"),
-        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": {"start": load_before, "end": os.getloadavg()},
-        "environment": environment(),
+        **circumstances(),
         "reference_seconds": spread([r["reference"]["seconds"] for r in repeats]),
         "repeats": repeats,
     }
@@ -300,6 +294,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def _timing(edit: Edit, seconds: float) -> dict[str, Any]:
     return {"matrix": edit.matrix, "rho": edit.rho, "rank": edit.rank, "seconds": seconds}
+
+
+def watch(script: str) -> Callable[[], dict[str, Any]]:
+    """Begin to watch a measurement; the result, called at its end, tells under what circumstances it was made."""
+    began, load_before = datetime.now(timezone.utc), os.getloadavg()
+    return lambda: {
+        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "began": began.isoformat(timespec="seconds"),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": {"start": load_before, "end": os.getloadavg()},
+        "environment": environment(),
+    }
 
 
 def git_commit() -> str:

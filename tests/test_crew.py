@@ -20,11 +20,12 @@ from eckart.driver import open_crew
 from eckart.errors import EckartError, RecipeError, TaskError
 from eckart.laser import search
 from eckart.ledger import Ledger
+from eckart.matrices import find_matrices
 from eckart.race import Rules
 from eckart.recipe import SearchSettings
 from eckart.scoring import BlockScores
 from eckart.surgery import weights_sha256
-from eckart.sweep import Done, Ended, Job, Scored
+from eckart.sweep import Done, Ended, Job, Scored, route_of
 from eckart.tasks import Example, make_task
 
 SMALL = SearchSettings(types=("mlp",), rho=(0.1, 0.5), split=0.5, batch_tokens=64)
@@ -197,7 +198,9 @@ def test_an_edit_that_is_interrupted_halfway_is_undone(monkeypatch):
 
 
 def test_no_workers_are_refused():
-    with pytest.raises(RecipeError, match="0 workers"), open_crew(tiny.build("llama"), tiny.tokenizer(), workers=0):
+    model = tiny.build("llama")
+    facts = route_of(model), find_matrices(model)
+    with pytest.raises(RecipeError, match="0 workers"), open_crew(model, tiny.tokenizer(), *facts, workers=0):
         pass
 
 

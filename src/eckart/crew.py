@@ -74,7 +74,8 @@ class Orders:
     """What a worker elsewhere is made from."""
 
     model: bytes
-    """The model and its tokenizer, pickled; they go from one process of a user to another, never to a file."""
+    """The model, its tokenizer, route and matrices, pickled; they go from one process of a user to another, never to
+    a file."""
     device: str
     threads: int
     normalize: Normalize
@@ -85,10 +86,10 @@ class Orders:
         """Make the worker."""
         transformers.utils.logging.set_verbosity_error()
         torch.set_num_threads(self.threads)
-        model, tokenizer = pickle.loads(self.model)  # noqa: S301 from the process that started this one
+        model, tokenizer, route, matrices = pickle.loads(self.model)  # noqa: S301 from the process that started this one
         model = model.to(self.device)
         with evaluating(model), torch.inference_mode():
-            yield Worker(model, tokenizer, normalize=self.normalize, cache_bytes=self.cache_bytes)
+            yield Worker(model, tokenizer, route, matrices, normalize=self.normalize, cache_bytes=self.cache_bytes)
 
 
 class Lost(Exception):
@@ -145,7 +146,7 @@ class Team:
 
     def begin(self, parts: Mapping[str, Encoded], rules: Rules) -> None:
         """As `Crew.begin`."""
-        self._about = {name: _portable(part) for name, part in parts.items()}, rules
+        self._about = placed(parts, "cpu"), rules
         for number in range(self.size):
             self._talk(number, lambda _hand: None, "the beginning")
 
@@ -225,13 +226,8 @@ def _unlucky(place: str, lost: Lost) -> EckartError:
     )
 
 
-def _portable(part: Encoded) -> Encoded:
-    """Give examples as plain tensors on the CPU, which can travel."""
-    return _moved(part, "cpu")
-
-
 def placed(parts: Mapping[str, Encoded], device: str) -> dict[str, Encoded]:
-    """Move examples to a worker's device.
+    """Move examples to a worker's device, or to the CPU to travel.
 
     Args:
         parts: Name -> examples.
@@ -240,9 +236,8 @@ def placed(parts: Mapping[str, Encoded], device: str) -> dict[str, Encoded]:
     Returns:
         The same, there.
     """
-    return {name: _moved(part, device) for name, part in parts.items()}
-
-
-def _moved(part: Encoded, device: str) -> Encoded:
     with torch.inference_mode(False):
-        return replace(part, blocks=tuple(block.mapped(lambda tensor: tensor.to(device)) for block in part.blocks))
+        return {
+            name: replace(part, blocks=tuple(block.mapped(lambda tensor: tensor.to(device)) for block in part.blocks))
+            for name, part in parts.items()
+        }

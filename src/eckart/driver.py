@@ -13,14 +13,13 @@ from torch import nn
 
 from eckart import cluster, processes
 from eckart.crew import Alone, Crew, Orders, Team
-from eckart.dataflow import evaluating
 from eckart.encoding import Encoded
 from eckart.errors import RecipeError
 from eckart.ledger import Ledger
 from eckart.matrices import Matrix
 from eckart.race import Measurements, Rival, Rules, Trial, choose, trial_of
 from eckart.scoring import BlockScores, Normalize, Scores, assemble
-from eckart.sweep import Candidate, Done, Ended, Job, Scored, Worker, key_of
+from eckart.sweep import Candidate, Done, Ended, Job, Route, Scored, Worker, key_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Progress:
 def open_crew(
     model: nn.Module,
     tokenizer: Any,
+    route: Route,
+    matrices: Sequence[Matrix],
     *,
     workers: int = 1,
     ray: str | None = None,
@@ -55,9 +56,11 @@ def open_crew(
     """Gather the workers of a search.
 
     Args:
-        model: A language model in evaluation mode. One worker edits it while it works and leaves it as before, to the
-            bit; several take copies.
+        model: A language model, under `evaluating` and `torch.inference_mode`. One worker edits it while it works and
+            leaves it as before, to the bit; several take copies.
         tokenizer: Its tokenizer.
+        route: From `route_of(model)`.
+        matrices: From `find_matrices(model)`.
         workers: Number of workers. They share the threads of this process, or the CUDA devices.
         ray: Address of a Ray cluster, or `auto` for the one at hand (started here if there is none); None for local
             processes.
@@ -73,8 +76,7 @@ def open_crew(
     if workers < 1:
         raise RecipeError(f"{workers} workers cannot search. One or more do. Give workers=1 for this process alone.")
     if workers == 1 and ray is None:
-        with evaluating(model), torch.inference_mode():
-            yield Alone(Worker(model, tokenizer, normalize=normalize, cache_bytes=cache_bytes))
+        yield Alone(Worker(model, tokenizer, route, matrices, normalize=normalize, cache_bytes=cache_bytes))
         return
     threads = torch.get_num_threads()
     each = max(1, threads // workers)
@@ -82,7 +84,7 @@ def open_crew(
 
     def orders(number: int) -> Orders:
         where = f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" and ray is None else str(device)
-        return Orders(pickle.dumps((model, tokenizer)), where, each, normalize, cache_bytes)
+        return Orders(pickle.dumps((model, tokenizer, route, matrices)), where, each, normalize, cache_bytes)
 
     if ray is None:
         team = Team(processes.Process, processes.ready, orders, workers)

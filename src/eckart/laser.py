@@ -24,7 +24,7 @@ from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, coverage, find_matrices, partition, read, select
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.proof import Flip, cheap_controls, prove, warnings_of
-from eckart.race import Measurements, Rival, Rules, Trial, choose, measurements, removed, strata_of
+from eckart.race import Measurements, Rival, Rules, Trial, by_size, choose, measurements, strata_of
 from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
 from eckart.scoring import BlockScores, assemble, prepare, rearrange, score, score_block
@@ -208,18 +208,21 @@ def search(
         "torch": torch.__version__,
     }
     with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        route = route_of(model)
         crew = stack.enter_context(
             open_crew(
                 model,
                 tokenizer,
+                route,
+                matrices,
                 workers=workers,
                 ray=ray,
                 normalize=settings.normalize,
                 cache_bytes=settings.cache_bytes,
             )
         )
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.inference_mode())
         parts = {
             "validation": prepare(model, tokenizer, validation, **settings.encoding),
             "test": prepare(model, tokenizer, test, **settings.encoding),
@@ -233,7 +236,6 @@ def search(
         began = time.perf_counter()
         predictions = _predict(model, tokenizer, parts["validation"], grid, settings)
         predicting = time.perf_counter() - began
-        route = route_of(model)
         trials = _singles(driver, route, grid, predictions, baseline, settings)
         compositions: list[Trial] = []
         if settings.compose > 1:
@@ -398,8 +400,7 @@ def _promise(prediction: Prediction, rules: Rules) -> tuple[float, float]:
     if rules.select != "size":
         return prediction.total, 0.0
     # A divergence has no first order, and its second is what guards the prediction of the loss.
-    within = prediction.guard <= rules.tolerance
-    return (-float(removed((prediction.edit,))) if within else 0.0), prediction.guard
+    return by_size((prediction.edit,), prediction.guard, rules)
 
 
 def _groups(route: Route, grid: Grid, wanted: set[str] | None = None) -> list[tuple[Matrix, list[Candidate]]]:

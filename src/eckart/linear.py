@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,45 @@ class LowRankLayer(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class FactoredLinear(LowRankLayer):
+T = TypeVar("T", bound="_TwoFactors")
+
+
+class _TwoFactors(LowRankLayer):
+    """What has one `down` and one `up`."""
+
+    down: nn.Linear
+
+    @classmethod
+    def from_spectrum(
+        cls: type[T], spectrum: Spectrum, *, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> T:
+        """Store all components of a decomposition."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_weight(cls: type[T], weight: Tensor, rank: int, *, bias: Tensor | None = None) -> T:
+        """Store the closest matrix of rank `rank`.
+
+        Args:
+            weight: Shape (out, in); a transposed weight is passed as `weight.T`. Not modified.
+            rank: From 1 to `min(out, in)`.
+            bias: Shape (out,). Copied.
+
+        Returns:
+            The layer, in the dtype and on the device of `weight`.
+
+        Raises:
+            RankError: `rank` is outside its range.
+        """
+        return cls.from_spectrum(cut(decompose(weight.detach()), rank), bias=bias, dtype=weight.dtype)
+
+    @property
+    def rank(self) -> int:
+        """Features between `down` and `up`."""
+        return self.down.out_features
+
+
+class FactoredLinear(_TwoFactors):
     """W = up @ down, as two nested `nn.Linear`, so that what knows `nn.Linear` (PEFT, torchao, ONNX) knows this.
 
     Saves numbers below rank out * in / (out + in). Rank 0 is the zero matrix.
@@ -124,28 +162,6 @@ class FactoredLinear(LowRankLayer):
         layer = cls(down.shape[1], up.shape[0], len(root), bias is not None, device="meta", dtype=dtype or up.dtype)
         return _filled(layer, {"down.weight": down, "up.weight": up, "up.bias": bias})
 
-    @classmethod
-    def from_weight(cls, weight: Tensor, rank: int, *, bias: Tensor | None = None) -> FactoredLinear:
-        """Store the closest matrix of rank `rank`.
-
-        Args:
-            weight: Shape (out, in); a transposed weight is passed as `weight.T`. Not modified.
-            rank: From 1 to `min(out, in)`.
-            bias: Shape (out,). Copied.
-
-        Returns:
-            The layer, in the dtype and on the device of `weight`.
-
-        Raises:
-            RankError: `rank` is outside its range.
-        """
-        return cls.from_spectrum(cut(decompose(weight.detach()), rank), bias=bias, dtype=weight.dtype)
-
-    @property
-    def rank(self) -> int:
-        """Features between `down` and `up`."""
-        return self.down.out_features
-
     @property
     def bias(self) -> Tensor | None:
         """That of `up`."""
@@ -160,7 +176,7 @@ class FactoredLinear(LowRankLayer):
         return self.up(self.down(x))
 
 
-class PivotedLinear(LowRankLayer):
+class PivotedLinear(_TwoFactors):
     """r rows of W are stored (`down`); the others are combinations of them, with coefficients `up`.
 
     The coefficients of the stored rows themselves are an identity, which is neither stored nor multiplied, so
@@ -221,28 +237,6 @@ class PivotedLinear(LowRankLayer):
         layer = cls(down.shape[1], out, rank, bias is not None, device="meta", dtype=dtype)
         order = torch.cat((kept, rest)).argsort()
         return _filled(layer, {"down.weight": down, "up.weight": coefficients, "bias": bias, "order": order})
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, rank: int, *, bias: Tensor | None = None) -> PivotedLinear:
-        """Store the closest matrix of rank `rank`.
-
-        Args:
-            weight: Shape (out, in); a transposed weight is passed as `weight.T`. Not modified.
-            rank: From 1 to `min(out, in)`.
-            bias: Shape (out,). Copied.
-
-        Returns:
-            The layer, in the dtype and on the device of `weight`.
-
-        Raises:
-            RankError: `rank` is outside its range.
-        """
-        return cls.from_spectrum(cut(decompose(weight.detach()), rank), bias=bias, dtype=weight.dtype)
-
-    @property
-    def rank(self) -> int:
-        """Rows of W that are stored."""
-        return self.down.out_features
 
     def dense(self) -> Tensor:
         """Multiply the weight out."""

@@ -116,9 +116,23 @@ def merit(edits: Sequence[Edit], found: Measurements, rules: Rules) -> tuple[flo
     loss = found["divergence" if rules.select == "size" else "loss"].value
     loss = math.inf if math.isnan(loss) else loss
     if rules.select == "size":
-        return (-float(removed(edits)) if loss <= rules.tolerance else 0.0, loss)
+        return by_size(edits, loss, rules)
     accuracy = -found["accuracy"].value if "accuracy" in found else 0.0
     return (accuracy, loss) if rules.select == "accuracy" else (loss, accuracy)
+
+
+def by_size(edits: Sequence[Edit], divergence: float, rules: Rules) -> tuple[float, float]:
+    """Order candidates by what they save: the smaller tuple is the better one.
+
+    Args:
+        edits: The candidate.
+        divergence: Measured or predicted, in nats per token.
+        rules: Beyond their `tolerance` nothing is saved.
+
+    Returns:
+        A pair to compare.
+    """
+    return (-float(removed(edits)) if divergence <= rules.tolerance else 0.0, divergence)
 
 
 def ranked(trials: Sequence[Trial], rules: Rules) -> list[Trial]:

@@ -233,8 +233,9 @@ def _verdict(results: Json) -> str:
     if metric == "divergence":
         held = "within" if _finite(after["value"]) and after["value"] <= results["recipe"]["tolerance"] else "beyond"
         count, tolerance = _count(after["count"]), results["recipe"]["tolerance"]
+        saved = sum(math.prod(edit["shape"]) for edit in edits) - best["cost"]["numbers"]
         return (
-            f"{_cutting(edits)} saves {_count(sum(map(_removed, edits)))} numbers; on {count} test tokens the "
+            f"{_cutting(edits)} saves {_count(saved)} numbers; on {count} test tokens the "
             f"model diverges from the unedited one by {_measurement(after)} nats/token, "
             f"{held} the tolerance of {tolerance:g}."
         )
@@ -712,13 +713,6 @@ def _selected(results: Json) -> str:
     """The metric by which the search chose."""
     select, measured = (results.get("recipe") or {}).get("select"), results["baseline"]["validation"]
     return select if isinstance(select, str) and select in measured else _main_metric(measured)
-
-
-def _removed(edit: Json) -> int:
-    """Numbers that an edit saves once its matrix is kept as factors, or dense where that is less."""
-    out, into = edit["shape"]
-    blocks = edit.get("blocks", 1)
-    return max(0, out * into - edit["rank"] * (out + blocks * into)) if edit["kind"] != "magnitude" else 0
 
 
 def _merit(trial: Json, metric: str) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from eckart.clustering import Cluster
 from eckart.dataflow import example_inputs, execution_order
 from eckart.encoding import Encoded
 from eckart.layout import Block
-from eckart.matrices import Matrix, by_name, find_blocks, find_matrices, read, write
+from eckart.matrices import Matrix, by_name, find_blocks, read, write
 from eckart.plan import Edit
 from eckart.prefix import PrefixCache, agree, run_block
 from eckart.race import Rival, Rules, stop
@@ -135,20 +135,30 @@ def route_of(model: nn.Module) -> Route:
 class Worker:
     """A model, and the jobs it does one after the other."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, normalize: Normalize, cache_bytes: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        route: Route,
+        matrices: Sequence[Matrix],
+        *,
+        normalize: Normalize,
+        cache_bytes: int | None = None,
+    ):
         """Begin.
 
         Args:
             model: Under `evaluating` and `torch.inference_mode`. Edited during a job; as before, to the bit, after it.
             tokenizer: Its tokenizer.
+            route: From `route_of(model)`.
+            matrices: From `find_matrices(model)`.
             normalize: How choices are compared.
             cache_bytes: Most that the prefix cache may hold; None for no bound.
         """
         self.model, self.tokenizer = model, tokenizer
         self.normalize: Normalize = normalize
         self.cache_bytes = cache_bytes
-        self.route = route_of(model)
-        self.matrices = find_matrices(model)
+        self.route, self.matrices = route, matrices
         self.parts: Mapping[str, Encoded] = {}
         self.rules = Rules("accuracy")
         self._walk: Walk | None = None

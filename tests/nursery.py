@@ -178,7 +178,7 @@ def call(number) -> None:
                 _die()
 
     Ledger.__init__ = _followed(Ledger.__init__, lambda *_: sys.setprofile(profile), before=True)
-    cli._print_files = _followed(cli._print_files, lambda *_: ended("calls", calls))
+    cli.search._print_files = _followed(cli.search._print_files, lambda *_: ended("calls", calls))
 
 
 def entry(number) -> None:

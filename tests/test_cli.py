@@ -487,16 +487,16 @@ def test_several_edits_are_printed_one_a_line_with_what_was_stopped(tiny_llama_f
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_progress_fits_one_line_and_gives_way_at_its_end_only(width, tiny_llama_folder, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(cli, "errors", Console(stderr=True, width=width, force_terminal=True, highlight=False))
+    monkeypatch.setattr(cli.search, "errors", Console(stderr=True, width=width, force_terminal=True, highlight=False))
 
-    class Recorded(cli.Progress):
+    class Recorded(cli.search.Progress):
         def update(self, task, **fields):
             super().update(task, **fields)
             screen = Console(width=width, file=io.StringIO(), force_terminal=False)
             screen.print(self.get_renderable())
             shown.append(screen.file.getvalue().rstrip("\n"))
 
-    monkeypatch.setattr(cli, "Progress", Recorded)
+    monkeypatch.setattr(cli.search, "Progress", Recorded)
     path = tmp_path / "task.jsonl"
     line = {"prompt": "the ant lives in the", "choices": ["house", "field"], "answer": 0}
     path.write_text("\n".join(json.dumps(line | {"answer": n % 2}) for n in range(40)), encoding="utf-8")

@@ -341,7 +341,7 @@ def eckart_program(*words):
 def test_the_program_applies_a_plan_and_reads_what_it_wrote(
     tiny_llama_folder, plan_file, choice_task_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("eckart.cli._silence_transformers", lambda: None)
+    monkeypatch.setattr("eckart.cli.console.silence_transformers", lambda: None)
     said = eckart_program("apply", tiny_llama_folder, plan_file, "--out", tmp_path / "a").stdout
     assert "import eckart" in said
     assert "2 weights are stored as factors" in said

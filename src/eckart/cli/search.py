@@ -1,78 +1,55 @@
-"""The command line: reads arguments, shows progress on stderr, prints results on stdout. It decides nothing."""
+"""`eckart demo` and `eckart search`."""
 
 from __future__ import annotations
 
-import logging
-import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box, markup
-from rich.console import Console
+from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from eckart.errors import EckartError
+from eckart.cli.console import (
+    chance,
+    errors,
+    gain_of,
+    integers,
+    leading,
+    number,
+    numbers,
+    output,
+    reported,
+    safe,
+    words,
+)
+from eckart.cli.program import (
+    BatchTokens,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Normalize,
+    Out,
+    Overlong,
+    Recipe,
+    Seed,
+    Stride,
+    Window,
+    app,
+)
 
 if TYPE_CHECKING:
     from eckart.laser import SearchResult
     from eckart.recipe import SearchSettings
-    from eckart.results import Gain, Measurement
     from eckart.tasks import Task
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Low-rank surgery on transformers: find the matrix to cut, prove the gain, ship the model.",
-)
 # A text of fewer documents is cut into passages: some must choose, the others prove.
 TEXT_EXAMPLES = 20
-errors = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder of the model, or a Hugging Face id.", show_default=False)
-]
-Out = Annotated[Path, typer.Option(help="New or empty folder for the results.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto (stored, float32 on CPU), stored, float32, bfloat16, float16.")]
-Seed = Annotated[int | None, typer.Option(help="Of every random choice.  [default: 0]", show_default=False)]
-Recipe = Annotated[Path | None, typer.Option(help="YAML file with the same settings.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print results.json on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[bool, typer.Option("--force", help="Accept a plan made for other weights.")]
-Normalize = Annotated[
-    str | None, typer.Option(help="Compare choices by sum, 'none', or mean, 'tokens'.  [default: none]")
-]
-BatchTokens = Annotated[int | None, typer.Option(help="Most tokens in a batch.  [default: 2048]")]
-Overlong = Annotated[str | None, typer.Option(help="Long prompts: 'error' or 'truncate'.  [default: error]")]
-Window = Annotated[int | None, typer.Option(help="Tokens of a perplexity window.")]
-Stride = Annotated[int | None, typer.Option(help="Tokens by which windows advance.")]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        output.print(f"eckart {version('eckart')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _program(
-    _version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -87,7 +64,7 @@ def demo(
     from eckart.tasks import read_task
 
     folder = Path(str(files("eckart") / "demo"))
-    with _reported(debug):
+    with reported(debug):
         task = read_task(folder / "countries.jsonl")
         errors.print(
             "A small Llama learned facts about countries from sentences in which the answer\n"
@@ -154,7 +131,7 @@ def search(
     from eckart.run import forecast_search
     from eckart.tasks import read_task, read_text
 
-    with _reported(debug, resume=True):
+    with reported(debug, resume=True):
         if (task is None) == (text is None):
             raise typer.BadParameter("give --task, or --text for people without labels")
         given: dict[str, Any] = {
@@ -168,10 +145,10 @@ def search(
             "beam": beam,
             "cache_bytes": cache_bytes,
             "guard": guard,
-            "types": _words(types),
-            "layers": _integers(layers),
-            "rho": _numbers(rho),
-            "blocks": _integers(blocks, "blocks"),
+            "types": words(types),
+            "layers": integers(layers),
+            "rho": numbers(rho),
+            "blocks": integers(blocks, "blocks"),
             "clustering": clustering,
             "kind": kind,
             "basis": basis,
@@ -202,146 +179,6 @@ def search(
             _print_files(out)
 
 
-@app.command()
-def evaluate(
-    model: Model,
-    task: Annotated[list[Path] | None, typer.Option(help="JSON Lines file; may be given again.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text file for perplexity; may be given again.")] = None,
-    plan: Annotated[list[Path] | None, typer.Option(help="Plan to measure; may be given again.")] = None,
-    out: Annotated[Path | None, typer.Option(help="New or empty folder for results and report.")] = None,
-    normalize: Normalize = None,
-    batch_tokens: BatchTokens = None,
-    overlong: Overlong = None,
-    window: Window = None,
-    stride: Stride = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = None,
-    recipe: Recipe = None,
-    force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure accuracy, loss and perplexity, with standard errors."""
-    from eckart.recipe import Settings, make_settings
-    from eckart.results import to_json
-    from eckart.run import run_evaluate
-    from eckart.tasks import read_task, read_text
-
-    with _reported(debug):
-        if not task and not text:
-            raise typer.BadParameter("give at least one --task or --text")
-        given = {
-            "seed": seed,
-            "normalize": normalize,
-            "batch_tokens": batch_tokens,
-            "overlong": overlong,
-            "window": window,
-            "stride": stride,
-        }
-        settings = make_settings(Settings, given, recipe)
-        tasks = [read_task(path) for path in task or ()] + [read_text(path) for path in text or ()]
-        results = run_evaluate(
-            model,
-            plan or [],
-            tasks,
-            out,
-            settings,
-            device=device,
-            dtype=dtype,
-            force=force,
-            progress=lambda line: errors.print(f"measuring {_safe(line)}"),
-        )
-        if json:
-            sys.stdout.write(to_json(results))
-            return
-        table = Table("plan", "task", "accuracy", "loss", "perplexity", box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in results["rows"]:
-            found = row["measurements"]
-            cells = (_number(found.get(name)) for name in ("accuracy", "loss", "perplexity"))
-            table.add_row(_safe(row["plan"]), _safe(row["task"]), *cells)
-        output.print(table)
-        for warning in results["warnings"]:
-            errors.print(f"[yellow]note:[/] {_safe(warning)}")
-
-
-@app.command()
-def apply(
-    model: Model,
-    plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder of a run.", show_default=False)
-    ],
-    out: Out,
-    dense: Annotated[bool, typer.Option("--dense", help="Write dense weights, not factors.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "stored",
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Write the model that a plan describes to OUT/model."""
-    with _reported(debug):
-        from eckart.run import run_apply
-
-        folder, factoring = run_apply(model, plan, out, device=device, dtype=dtype, force=force, dense=dense)
-        if factoring is None or not factoring.layers:
-            output.print(f"Wrote {_safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
-        else:
-            before, after = factoring.before, factoring.after
-            output.print(
-                f"Wrote {_safe(str(folder))}, which transformers loads after `import eckart`.\n"
-                f"{len(factoring.layers)} weights are stored as factors: the model takes {after.bytes:,} bytes "
-                f"instead of {before.bytes:,} ({100 * after.bytes / before.bytes:.1f} %).",
-                soft_wrap=True,
-            )
-        for name, reason in factoring.dense.items() if factoring is not None else ():
-            errors.print(f"[yellow]note:[/] {_safe(name)} stays dense: {_safe(reason)}", soft_wrap=True)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
-    debug: Debug = False,
-) -> None:
-    """Draw report.html again from results.json alone."""
-    from eckart.report import write_report
-
-    with _reported(debug):
-        output.print(_safe(str(write_report(run))), soft_wrap=True)
-
-
-def main() -> None:
-    """Run the command line (the `eckart` program)."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    app()
-
-
-@contextmanager
-def _reported(debug: bool, resume: bool = False) -> Iterator[None]:
-    """Turn errors into one message and an exit status: 1 bad input, 130 interrupted."""
-    try:
-        _silence_transformers()
-        yield
-    except EckartError as error:
-        if debug:
-            raise
-        errors.print(f"[bold red]error:[/] {_safe(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("\nInterrupted.", end=" ")
-        if resume:
-            errors.print("Nothing measured is lost. To go on, give the same command again:")
-            errors.print(f"  {_safe(shlex.join(['eckart', *sys.argv[1:]]))}", soft_wrap=True)
-        raise typer.Exit(130) from None
-
-
-def _silence_transformers() -> None:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
 def _search(
     model: str,
     task: Task,
@@ -358,7 +195,7 @@ def _search(
     from eckart.run import is_unfinished, run_search
 
     if is_unfinished(out):
-        errors.print(f"Resuming the unfinished search in {_safe(str(out))}.")
+        errors.print(f"Resuming the unfinished search in {safe(str(out))}.")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=12 if errors.width < 100 else 30),
@@ -382,7 +219,7 @@ def _search(
                 description=now.stage,
                 completed=now.examples,
                 total=now.examples + left if now.examples_total else None,
-                facts=_safe(f"{facts}{best}"),
+                facts=safe(f"{facts}{best}"),
             )
 
         found = run_search(
@@ -394,13 +231,8 @@ def _search(
 
 
 def _describe(trial: Any) -> str:
-    name = _leading(trial.validation)
+    name = leading(trial.validation)
     return f"{name} {trial.validation[name].value:.3f} ({'; '.join(map(_short, trial.edits))})"
-
-
-def _leading(found: Mapping[str, Any]) -> str:
-    """The measurement that says most."""
-    return next(name for name in ("accuracy", "loss", "divergence") if name in found)
 
 
 def _short(edit: Any) -> str:
@@ -433,7 +265,7 @@ def _print_edits(edits: Sequence[Any]) -> None:
         what += f" in each of {edit.blocks} blocks of rows ({edit.clustering})" if edit.blocks > 1 else ""
         # A name that the program broke could not be copied.
         before = "  " if several else "Best edit: "
-        output.print(f"{before}[bold]{_safe(edit.matrix)}[/] ({edit.type}) to {what}", soft_wrap=True)
+        output.print(f"{before}[bold]{safe(edit.matrix)}[/] ({edit.type}) to {what}", soft_wrap=True)
 
 
 def _print_search(found: SearchResult) -> None:
@@ -446,24 +278,24 @@ def _print_search(found: SearchResult) -> None:
     table = Table("test examples", "unedited", "edited", "change, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
     gains = {"accuracy": found.gain, "loss": found.loss_gain}
     for name, before in found.baseline["test"].items():
-        after = _number(found.best["test"][name]) if found.plan.edits else "–"
-        table.add_row(name, _number(before), after, _gain(gains.get(name)))
+        after = number(found.best["test"][name]) if found.plan.edits else "–"
+        table.add_row(name, number(before), after, gain_of(gains.get(name)))
     for name, control in found.controls.items():
-        change = _gain(control.get("gain") or control.get("loss_gain")) or "control"
-        table.add_row(name.replace("_", " "), "", _number(control[_leading(control)]), change)
+        change = gain_of(control.get("gain") or control.get("loss_gain")) or "control"
+        table.add_row(name.replace("_", " "), "", number(control[leading(control)]), change)
     output.print(table)
     if found.gain is not None and found.gain.p_value is not None:
         counts = found.flip_counts
         output.print(
             f"{counts['gained']} answers became right and {counts['lost']} wrong "
-            f"(exact McNemar p {_chance(found.gain.p_value)})."
+            f"(exact McNemar p {chance(found.gain.p_value)})."
         )
     for warning in found.warnings:
-        errors.print(f"[yellow]note:[/] {_safe(warning)}")
+        errors.print(f"[yellow]note:[/] {safe(warning)}")
 
 
 def _print_files(out: Path) -> None:
-    output.print(f"Report: {_safe(str(out / 'report.html'))}\nPlan:   {_safe(str(out / 'plan.json'))}", soft_wrap=True)
+    output.print(f"Report: {safe(str(out / 'report.html'))}\nPlan:   {safe(str(out / 'plan.json'))}", soft_wrap=True)
 
 
 def _print_questions(found: SearchResult) -> None:
@@ -471,7 +303,7 @@ def _print_questions(found: SearchResult) -> None:
     table = Table("five of the test questions", "unedited", "edited", box=box.SIMPLE_HEAD, pad_edge=False)
     step = max(1, len(gained) // 5)
     for flip in gained[::step][:5]:
-        table.add_row(_safe(flip.prompt), _safe(flip.before), f"[bold]{_safe(flip.after)}[/]")
+        table.add_row(safe(flip.prompt), safe(flip.before), f"[bold]{safe(flip.after)}[/]")
     output.print(table)
 
 
@@ -482,60 +314,4 @@ def _print_forecast(forecast: dict[str, Any], json: bool) -> None:
         sys.stdout.write(to_json(forecast))
         return
     for name, value in forecast.items():
-        output.print(f"{name:>20}  {_safe(str(value))}")
-
-
-def _safe(text: str) -> str:
-    """Disarm text from models and data: no console markup, no control characters."""
-    return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
-
-
-def _number(found: Measurement | None) -> str:
-    if found is None:
-        return ""
-    if found.unit == "fraction":
-        return f"{100 * found.value:.1f} ± {100 * found.stderr:.1f} %"
-    return f"{found.value:.4g} ± {found.stderr:.2g}"
-
-
-def _gain(gain: Gain | None) -> str:
-    if gain is None:
-        return ""
-    low, high = gain.interval
-    if gain.unit == "fraction":
-        return f"{100 * gain.value:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f})"
-    return f"{gain.value:+.3g} ({low:+.3g} to {high:+.3g})"
-
-
-def _chance(p_value: float) -> str:
-    return f"= {p_value:.2g}" if p_value >= 1e-99 else "< 1e-99"
-
-
-def _words(text: str | None) -> Sequence[str] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _integers(text: str | None, what: str = "layers") -> Sequence[int] | None:
-    if text is None:
-        return None
-    found: list[int] = []
-    for word in _words(text) or ():
-        first, dash, last = word[1:].partition("-")
-        try:
-            span = range(int(word[0] + first), int(last) + 1) if dash else [int(word)]
-            # Far more than any model has: a slip of the keyboard must not fill the memory.
-            found.extend(span[:100_000])
-        except ValueError:
-            raise typer.BadParameter(f"{what} are numbers such as 3, 0,1 or 2-5, not '{word}'") from None
-    return tuple(found)
-
-
-def _numbers(text: str | None) -> Sequence[float] | None:
-    try:
-        return None if text is None else tuple(float(word) for word in _words(text) or ())
-    except ValueError:
-        raise typer.BadParameter(f"rho is a list of numbers such as 0.01,0.1, not '{text}'") from None
-
-
-if __name__ == "__main__":
-    main()
+        output.print(f"{name:>20}  {safe(str(value))}")

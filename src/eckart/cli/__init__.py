@@ -1,0 +1,15 @@
+"""The command line: reads arguments, shows progress on stderr, prints results on stdout. It decides nothing.
+
+One module a verb; `program` has the options they share, `console` how things are printed.
+"""
+
+import logging
+
+from eckart.cli import apply, evaluate, search  # noqa: F401 each adds its verbs to `app`
+from eckart.cli.program import app
+
+
+def main() -> None:
+    """Run the command line (the `eckart` program)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()

@@ -1,0 +1,43 @@
+"""`eckart apply`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eckart.cli.console import errors, output, reported, safe
+from eckart.cli.program import Debug, Device, Dtype, Force, Model, Out, app
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder of a run.", show_default=False)
+    ],
+    out: Out,
+    dense: Annotated[bool, typer.Option("--dense", help="Write dense weights, not factors.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "stored",
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model that a plan describes to OUT/model."""
+    with reported(debug):
+        from eckart.run import run_apply
+
+        folder, factoring = run_apply(model, plan, out, device=device, dtype=dtype, force=force, dense=dense)
+        if factoring is None or not factoring.layers:
+            output.print(f"Wrote {safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
+        else:
+            before, after = factoring.before, factoring.after
+            output.print(
+                f"Wrote {safe(str(folder))}, which transformers loads after `import eckart`.\n"
+                f"{len(factoring.layers)} weights are stored as factors: the model takes {after.bytes:,} bytes "
+                f"instead of {before.bytes:,} ({100 * after.bytes / before.bytes:.1f} %).",
+                soft_wrap=True,
+            )
+        for name, reason in factoring.dense.items() if factoring is not None else ():
+            errors.print(f"[yellow]note:[/] {safe(name)} stays dense: {safe(reason)}", soft_wrap=True)

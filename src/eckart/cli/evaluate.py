@@ -1,0 +1,104 @@
+"""`eckart evaluate` and `eckart report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from eckart.cli.console import errors, number, output, reported, safe
+from eckart.cli.program import (
+    BatchTokens,
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Normalize,
+    Overlong,
+    Recipe,
+    Seed,
+    Stride,
+    Window,
+    app,
+)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[list[Path] | None, typer.Option(help="JSON Lines file; may be given again.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Text file for perplexity; may be given again.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Plan to measure; may be given again.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New or empty folder for results and report.")] = None,
+    normalize: Normalize = None,
+    batch_tokens: BatchTokens = None,
+    overlong: Overlong = None,
+    window: Window = None,
+    stride: Stride = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = None,
+    recipe: Recipe = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure accuracy, loss and perplexity, with standard errors."""
+    from eckart.recipe import Settings, make_settings
+    from eckart.results import to_json
+    from eckart.run import run_evaluate
+    from eckart.tasks import read_task, read_text
+
+    with reported(debug):
+        if not task and not text:
+            raise typer.BadParameter("give at least one --task or --text")
+        given = {
+            "seed": seed,
+            "normalize": normalize,
+            "batch_tokens": batch_tokens,
+            "overlong": overlong,
+            "window": window,
+            "stride": stride,
+        }
+        settings = make_settings(Settings, given, recipe)
+        tasks = [read_task(path) for path in task or ()] + [read_text(path) for path in text or ()]
+        results = run_evaluate(
+            model,
+            plan or [],
+            tasks,
+            out,
+            settings,
+            device=device,
+            dtype=dtype,
+            force=force,
+            progress=lambda line: errors.print(f"measuring {safe(line)}"),
+        )
+        if json:
+            sys.stdout.write(to_json(results))
+            return
+        table = Table("plan", "task", "accuracy", "loss", "perplexity", box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in results["rows"]:
+            found = row["measurements"]
+            cells = (number(found.get(name)) for name in ("accuracy", "loss", "perplexity"))
+            table.add_row(safe(row["plan"]), safe(row["task"]), *cells)
+        output.print(table)
+        for warning in results["warnings"]:
+            errors.print(f"[yellow]note:[/] {safe(warning)}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Draw report.html again from results.json alone."""
+    from eckart.report import write_report
+
+    with reported(debug):
+        output.print(safe(str(write_report(run))), soft_wrap=True)

@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -171,7 +171,8 @@ def tracy_widom_quantile(level: float = LEVEL) -> float:
         raise SpectrumError(
             f"level {level} is not the chance of a false alarm. It is from 1e-9 to below 1. The usual one is {LEVEL}."
         )
-    return float(optimize.brentq(lambda s: _tracy_widom(s) - (1 - level), -10.0, 13.0, xtol=1e-10))
+    root: Any = optimize.brentq(lambda s: _tracy_widom(s) - (1 - level), -10.0, 13.0, xtol=1e-10)
+    return float(root)
 
 
 def fit_median(values: Tensor, shape: Shape) -> NoiseFit:

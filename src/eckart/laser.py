@@ -17,7 +17,7 @@ from torch import nn
 from eckart.composition import compose
 from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
-from eckart.driver import Driver, Progress, open_crew
+from eckart.driver import Driver, Progress, open_crew, threads_of_one
 from eckart.encoding import Encoded, right_answers
 from eckart.errors import TaskError
 from eckart.ledger import Ledger, code_sha256
@@ -411,17 +411,21 @@ def _plain(edit: Edit) -> dict[str, Any]:
     return edit.model_dump(mode="json")
 
 
-def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSettings) -> dict[str, Any]:
+def forecast(
+    model: nn.Module, tokenizer: Any, task: Task, settings: SearchSettings, *, workers: int = 1
+) -> dict[str, Any]:
     """Say what a search would do and how long it would take.
 
     Runs the unedited model once on the examples that choose and decomposes the smallest chosen matrix; the
-    rest is scaled from that. Time is that of one worker, and an upper bound: what a race will save is not known.
+    rest is scaled from that. An upper bound: what a race will save is not known. Several workers divide what they
+    share of it, each with its part of the threads.
 
     Args:
         model: As for `search`. Not modified.
         tokenizer: Its tokenizer.
         task: The examples.
         settings: As for `search`.
+        workers: As for `search`.
 
     Returns:
         Counts, forecast seconds, and bytes of the weights and of the prefix cache.
@@ -433,7 +437,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     validation, test = split(
         task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), threads_of_one(workers):
         encoded = prepare(model, tokenizer, validation, **settings.encoding)
         began = time.perf_counter()
         score(model, tokenizer, encoded, normalize=settings.normalize)
@@ -455,9 +459,12 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     share = sum(len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid) / edits
     guided = settings.strategy == "guided"
     passes = share * (min(settings.shortlist, edits) if guided else edits)
-    passes += 3 * (settings.strategy != "exhaustive" and settings.predictable)  # forward and backward
+    # Forward and backward, in one process.
+    predicting = 3 * (settings.strategy != "exhaustive" and settings.predictable)
     # Proving takes three passes over the test examples: unedited, winner, random components.
     proving = len(test.examples) / len(validation.examples)
+    device = next(model.parameters()).device
+    at_once = min(workers, torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads())
     svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
     config: Any = model.config
     token = config.get_text_config().hidden_size * next(model.parameters()).element_size()
@@ -467,7 +474,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         "edits": edits,
         "validation_examples": encoded.count,
         "test_examples": len(test.examples),
-        "seconds": round(a_pass * (passes + 3 * proving) + svd, 1),
+        "seconds": round(a_pass * (predicting + (passes + 3 * proving) / at_once) + svd / at_once, 1),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "prefix_cache_bytes": cache if settings.cache_bytes is None else min(cache, settings.cache_bytes),
     }

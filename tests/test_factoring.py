@@ -17,7 +17,7 @@ from eckart.factoring import factor_
 from eckart.linear import FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear
 from eckart.matrices import by_name, coverage, find_matrices, partition, read, write
 from eckart.quantizer import replace_, sizes
-from eckart.surgery import applied, make_edit
+from eckart.surgery import applied, make_edit, make_edit_by_rule
 
 
 def truncated(weight, rank, kept="top"):

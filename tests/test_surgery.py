@@ -49,7 +49,6 @@ def test_an_edit_puts_the_truncated_matrix_in_and_leaves_the_rest(name):
         {},
         {"kind": "zero"},
         {"kind": "magnitude"},
-        {"rule": "mp", "kind": "shrink"},
         {"svd": "lowrank"},
         {"basis": "random"},
         {"blocks": 3},
@@ -249,6 +248,16 @@ def test_the_cost_of_subspaces_needs_the_sizes_and_counts_the_order_of_the_rows(
     for wrong in (None, [48], [1, 1, 1, 1]):
         with pytest.raises(PlanError, match="clusters_of"):
             cost(edit, wrong)
+
+
+def test_shrinking_for_a_while_is_gone_to_the_bit():
+    model = tiny.build("llama")
+    matrix = find_matrices(model)[0]
+    before = read(model, matrix)
+    edit = make_edit_by_rule(matrix, torch.linalg.svdvals(before.double()), "mp", kind="shrink")
+    with applied(model, [edit]):
+        assert not torch.equal(read(model, matrix), before)
+    assert torch.equal(read(model, matrix), before)
 
 
 def planted(rank=3, shape=(40, 60)):

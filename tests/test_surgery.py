@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tiny_models as tiny
-from eckart.errors import MatrixError, ModelError, PlanError, RankError
 from eckart import noise, truncation
+from eckart.errors import MatrixError, ModelError, PlanError, RankError
 from eckart.matrices import Matrix, by_name, find_matrices, partition, read
 from eckart.plan import MadeBy, Plan, PlannedModel
 from eckart.surgery import (

@@ -22,6 +22,7 @@ LAYERS = [
     {"factoring"},
     {"prefix", "recipe"},
     {"scoring", "checkpoint", "report"},
+    {"resources"},
     {"ledger"},
     {"race", "sensitivity", "controls"},
     {"sweep"},

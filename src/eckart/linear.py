@@ -392,8 +392,8 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U: Shape (out, r), r <= out, independent columns. Not modified.
 
     Returns:
-        The r chosen rows and the others, as ascending int64 indices, and the float64 coefficients, shape (out - r, r), with
-        `U[others] = coefficients @ U[chosen]`; all on the device of `U`.
+        The r chosen rows and the others, as ascending int64 indices, and the float64 coefficients, shape
+        (out - r, r), with `U[others] = coefficients @ U[chosen]`; all on the device of `U`.
 
     Source:
         Goreinov et al. 2010, "How to find a good submatrix" (maxvol), doi:10.1142/9789812836021_0015.

@@ -209,9 +209,40 @@ def _evaluate_page(results: Json) -> Json:
         "tasks": tasks,
         "table": [(plan, [cell(plan, task) for task in tasks]) for plan in plans],
         "compared": "none" in plans and len(plans) > 1,
+        "speed": _paces(results.get("speed") or {}),
+        "run": results.get("speed") or {},
+        "memory": _takings(results.get("memory") or {}),
         "plots": None,
         "plotly": "",
     }
+
+
+def _paces(speed: Json) -> list[tuple[str, ...]]:
+    """Rows of the table of speeds: plan, batch, phase, tokens a second, ratio to the dense model, what it could be."""
+    rows = []
+    for row in speed.get("rows") or []:
+        for phase in ("prefill", "decode"):
+            pace = row[phase]
+            if pace:
+                ratio = pace["ratio"]
+                span = f"{ratio['value']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+                limit = f"{pace['limit']:.2f} by {pace['limited_by']}"
+                tokens = _measurement(pace["tokens_per_second"])
+                rows.append((_side(row["side"]), str(row["batch"]), phase, tokens, span, limit))
+    return rows
+
+
+def _takings(memory: Json) -> list[tuple[str, ...]]:
+    """Rows of the table of memory: plan, on disk, parameters, most in memory, libraries."""
+    rows = []
+    for row in memory.get("rows") or []:
+        process = (row[name]["value"] for name in ("peak", "interpreter"))
+        rows.append((_side(row["side"]), *map(_bytes, (row["disk"], row["parameters"], *process))))
+    return rows
+
+
+def _side(name: str) -> str:
+    return "unedited" if name == "none" else name
 
 
 PAGES = {

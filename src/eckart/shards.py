@@ -209,7 +209,9 @@ def open_checkpoint(source: str) -> Checkpoint:
     config_file, tensors, read = _local(Path(name)) if local else _remote(name)
     parameters = sum(math.prod(one.shape) for one in tensors.values())
     try:
-        config = transformers.AutoConfig.from_pretrained(config_file.parent, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            config_file.parent, local_files_only=True, trust_remote_code=False
+        )
         model = skeleton(config)
         matrices = matrices_of(model)
     except Exception as error:  # an unknown or remote architecture, or one that does not run on made-up weights

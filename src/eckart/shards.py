@@ -326,7 +326,7 @@ def _remote(repository: str) -> tuple[Path, dict[str, Stored], Reader]:
     try:
         commit = huggingface_hub.HfApi().model_info(repository).sha
         config = Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=commit))
-        files = huggingface_hub.HfFileSystem()
+        files: Any = huggingface_hub.HfFileSystem()
         root = f"{repository}@{commit}"
         names = {Path(str(path)).name for path in files.ls(root, detail=False)}
         shards = ["model.safetensors"] if "model.safetensors" in names else []

@@ -20,7 +20,7 @@ LAYERS = [
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"factoring"},
-    {"prefix", "recipe"},
+    {"prefix", "recipe", "sources"},
     {"scoring", "checkpoint", "report"},
     {"skeleton"},
     {"shards"},

@@ -247,7 +247,7 @@ def shards_of(source: str) -> list[Path]:
     Raises:
         ModelError: There is no such folder, or its index is damaged.
     """
-    name, local = _resolve(source)
+    name, local = resolve(source)
     folder = Path(name)
     if not local:
         from transformers.utils.hub import cached_file

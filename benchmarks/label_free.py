@@ -22,12 +22,12 @@ from eckart.recipe import SearchSettings
 from eckart.results import environment, paired_gain, to_json
 from eckart.scoring import prepare, score, summarize
 from eckart.surgery import applied
-from eckart.tasks import read_task, read_text
+from eckart.tasks import Example, make_task, read_task, read_text
 
 RESULTS = Path(__file__).parent / "results" / "label_free.json"
 CASES = (
-    ("pebble-7m", "books_validation.txt", "book_cloze"),
     ("stories260K", "tinystories_validation.txt", "story_cloze"),
+    ("pebble-7m", "books_validation.txt", "book_cloze"),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "compatible: laserrmt": {"rank_rule": ("laserrmt",)},
@@ -41,16 +41,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def measure(model_name: str, text_name: str, task_name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = load(str(options.shared / "models" / model_name), device="cpu")
     text = read_text(options.shared / "text" / text_name, passages=options.passages)
-    text = replace(text, examples=text.examples[: options.passages])
+    text = make_task(
+        text.name, [Example(e.prompt[: options.characters], None) for e in text.examples[: options.passages]]
+    )
     task = read_task(options.shared / "tasks" / f"{task_name}.jsonl")
     task = replace(task, examples=task.examples[: options.examples])
     encoded = prepare(model, tokenizer, task)
     before = score(model, tokenizer, encoded)
     rows = []
     for name, variant in VARIANTS.items():
-        settings = SearchSettings(
-            strategy="laserrmt", objective="perplexity", split=0.25, window=options.window, shortlist=15, **variant
-        )
+        settings = SearchSettings(strategy="laserrmt", objective="perplexity", split=0.25, shortlist=15, **variant)
         began = time.perf_counter()
         found = search(model, tokenizer, text, settings)
         seconds = time.perf_counter() - began
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the saved results; measure nothing")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with models, text and tasks")
     parser.add_argument("--passages", type=int, default=200, help="of the text: a quarter chooses, the others prove")
-    parser.add_argument("--window", type=int, default=256, help="tokens of a perplexity window")
+    parser.add_argument("--characters", type=int, default=600, help="of each passage: its beginning")
     parser.add_argument("--examples", type=int, default=300, help="of the task")
     options = parser.parse_args()
     if not options.table:

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/recover.py SHARED [PART …]
 
-SHARED holds models/ and text/; parts are `same`, `new`, `init`, `method`, `teacher`, `table` (all by default). Models are
-cut to an equal share of every matrix (pivoted storage unless a part says otherwise) by the closed form in the metric of
-outputs, then trained. Text for training and for measuring are different files. Each case is kept in a JSON file beside
-this script when it is done, and is not measured again.
+SHARED holds models/ and text/; parts are `same`, `new`, `init`, `method`, `teacher`, `table` (all by default). Models
+are cut to an equal share of every matrix (pivoted storage unless a part says otherwise) by the closed form in the
+metric of outputs, then trained. Text for training and for measuring are different files. Each case is kept in a JSON
+file beside this script when it is done, and is not measured again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from eckart.initialisation import dense_weights, initialise_, input_moments
 from eckart.matrices import find_matrices
 from eckart.plan import Edit
 from eckart.recipe import RecoverSettings
-from eckart.recovery import make_windows, recover, window_losses
+from eckart.recovery import recover
 from eckart.results import environment, paired_gain, perplexity, to_json, write_text
+from eckart.training import make_windows, window_losses
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, TEST_WINDOWS = 256, 128
 KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
-STEPS = {"stories260K": 400, "pebble-7m": 80}
+STEPS = {"stories260K": 300, "pebble-7m": 60}
 RATE = {"stories260K": 2e-3, "pebble-7m": 1e-3}
 
 

@@ -1,4 +1,4 @@
-"""Where recovery starts from: the best components that a low-rank layer of unchanged rank could hold instead of its last ones.
+"""Where recovery starts from: the best components that a low-rank layer could hold in the place of its last ones.
 
 Notation: W is the dense weight, W' the product of a layer's factors, r its rank, C = E[x x^T] the second moments of its
 inputs. Corrections follow from the SVD of (W - W') in one of two metrics: that of the weights, or that of the outputs.

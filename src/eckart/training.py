@@ -295,7 +295,8 @@ class Training:
         accelerator.clip_grad_norm_(self.weights.values(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(accelerator.reduce(total, reduction="mean"))
+        mean: Any = accelerator.reduce(total, reduction="mean")
+        return float(mean)
 
     def accumulate(self, rows: Tensor) -> Tensor:
         """Add up gradients over the windows of this process."""

@@ -11,8 +11,8 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
-    {"truncation", "results", "layout"},
-    {"clustering"},
+    {"truncation", "results", "layout", "allocate"},
+    {"clustering", "weighting"},
     {"linear"},
     {"experts"},
     {"dataflow"},
@@ -23,7 +23,9 @@ LAYERS = [
     {"prefix", "recipe"},
     {"scoring", "checkpoint", "report"},
     {"ledger"},
-    {"race", "sensitivity", "controls"},
+    {"race", "sensitivity", "controls", "calibration"},
+    {"propagation"},
+    {"compression"},
     {"sweep"},
     {"crew"},
     {"cluster", "processes"},

@@ -84,18 +84,18 @@ def uniform(curves: Sequence[Curve], budget: float) -> Choice:
     return {curve.name: curve.most(share * float(curve.costs[-1])) for curve in curves}
 
 
-def water_fill(
+def priced(
     curves: Sequence[Curve],
     budget: float,
     weights: Mapping[str, float] | None = None,
     *,
     floor: float = 0.0,
 ) -> Choice:
-    """Minimise the sum of weighted errors under the budget, by one price for all.
+    """Let every matrix take what is worth one price, the lowest at which the budget is kept.
 
-    At price p every matrix takes the choice with the lowest weight * error + p * cost; the price is bisected. That is
-    the exact optimum for the budget it ends at, whatever the shape of the curves, since costs are convex nowhere under
-    pivoted storage. The rest of the budget goes to the steps that gain most for it.
+    At price p every matrix takes the choice with the lowest weight * error + p * cost. No choice that costs at most as
+    much as this one has a smaller sum of errors, whatever the shape of the curves (costs are not convex under pivoted
+    storage). A smaller budget has a higher price, at which no matrix takes more.
 
     Args:
         curves: All of them.
@@ -109,16 +109,14 @@ def water_fill(
     Source:
         Lagrangian allocation as of Shoham & Gersho 1988, doi:10.1109/29.90373; for ranks, LEMS solves it as a knapsack.
     """
-    weights = weights or {}
+    losses = {curve.name: (weights or {}).get(curve.name, 1.0) * curve.errors for curve in curves}
     lowest = uniform(curves, floor * budget) if floor else {curve.name: 0 for curve in curves}
-    losses = {curve.name: weights.get(curve.name, 1.0) * curve.errors for curve in curves}
 
     def at(price: float) -> Choice:
         found = {}
         for curve in curves:
             start = lowest[curve.name]
-            total = losses[curve.name][start:] + price * curve.costs[start:]
-            found[curve.name] = start + int(np.argmin(total))
+            found[curve.name] = start + int(np.argmin(losses[curve.name][start:] + price * curve.costs[start:]))
         return found
 
     low, high = 0.0, 1.0
@@ -127,7 +125,29 @@ def water_fill(
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if cost_of(curves, at(middle)) > budget else (low, middle)
-    return _spend(curves, losses, at(high), budget)
+    return at(high)
+
+
+def water_fill(
+    curves: Sequence[Curve],
+    budget: float,
+    weights: Mapping[str, float] | None = None,
+    *,
+    floor: float = 0.0,
+) -> Choice:
+    """Minimise the sum of weighted errors under the budget: one price for all, then the steps that gain most.
+
+    Args:
+        curves: As for `priced`.
+        budget: As for `priced`.
+        weights: As for `priced`.
+        floor: As for `priced`.
+
+    Returns:
+        The choice of `priced`, and what the rest of the budget buys.
+    """
+    losses = {curve.name: (weights or {}).get(curve.name, 1.0) * curve.errors for curve in curves}
+    return _spend(curves, losses, priced(curves, budget, weights, floor=floor), budget)
 
 
 def _spend(curves: Sequence[Curve], losses: Mapping[str, Floats], choice: Choice, budget: float) -> Choice:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from eckart.dataflow import evaluating, only_gradients_of
 from eckart.encoding import Encoded, prompt_tokens
 from eckart.errors import TaskError
-from eckart.layout import Block, Row, Sequence_, lay_out
+from eckart.layout import Row, Sequence_, lay_out
 from eckart.matrices import Matrix, rows_of
 from eckart.prefix import run_block
 from eckart.scoring import only_positions
@@ -80,9 +80,7 @@ def read_windows(
             "Give a longer text, or shorter or fewer windows."
         )
     windows = [ids[start : start + length] for start in starts]
-    items = [
-        [Sequence_(Row(tuple(window[:-1])), tuple(range(length - 1)), tuple(window[1:]))] for window in windows
-    ]
+    items = [[Sequence_(Row(tuple(window[:-1])), tuple(range(length - 1)), tuple(window[1:]))] for window in windows]
     pad = tokenizer.pad_token_id or 0
     blocks = lay_out(items, "plain", kind="causal", pad=pad, batch_tokens=batch_tokens)
     tokens = (length - 1,) * len(items)
@@ -200,9 +198,7 @@ class Collector:
             rows = rows_of(matrix).to(gradients.device)
             gradients = gradients[rows][:, rows] / sums.tokens
             fisher = fisher[rows] / sums.tokens
-        return Moments(
-            sums.tokens, shared.inputs / shared.tokens, shared.magnitude / shared.tokens, gradients, fisher
-        )
+        return Moments(sums.tokens, shared.inputs / shared.tokens, shared.magnitude / shared.tokens, gradients, fisher)
 
 
 def collect(
@@ -236,9 +232,13 @@ def collect(
     with evaluating(model), each_expert(model), torch.inference_mode(False):
         for block in windows.blocks:
             block = block.mapped(lambda tensor: tensor.to(device, copy=True))
-            with only_gradients_of(model, ()), torch.set_grad_enabled(gradients), watch:
-                with only_positions(model, block.rows, block.columns) as logits_of:
-                    logits = logits_of(run_block(model, block))
+            with (
+                only_gradients_of(model, ()),
+                torch.set_grad_enabled(gradients),
+                watch,
+                only_positions(model, block.rows, block.columns) as logits_of,
+            ):
+                logits = logits_of(run_block(model, block))
             if gradients:
                 _loss_of_drawn(logits, generator).backward()
     return {matrix.name: collector.moments(matrix) for matrix in matrices}

@@ -1,8 +1,8 @@
 """Compress: the best model under a budget, in closed form, from a calibration text.
 
-Four steps. Read the text and decompose every matrix in its metric; divide the budget among the matrices; cut them block by
-block, each for the inputs that the cut blocks before it really give; measure. What is finished is spilled, so that
-a killed compression goes on where it was.
+Three steps. Read the text and decompose every matrix in its metric; divide the budget among the matrices; cut them
+block by block, each for the inputs that the cut blocks before it really give. What is finished is spilled, so that a
+killed compression goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from torch import Tensor, nn
 
 from eckart import allocate
 from eckart.allocate import Choice, Curve
-from eckart.calibration import Moments, collect, each_expert, read_windows
+from eckart.calibration import Moments, Place, collect, each_expert, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.encoding import Encoded, arrange
 from eckart.errors import MatrixError, OutputError
 from eckart.experts import FactoredExperts
 from eckart.factoring import obstacle
 from eckart.linear import bytes_stored
-from eckart.matrices import Matrix, find_blocks, find_matrices, partition, read, select, write
+from eckart.matrices import Matrix, coverage, find_blocks, find_matrices, partition, read, rows_of, select, write
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
 from eckart.recipe import CompressSettings
-from eckart.results import Measurement, mean, read_json, to_json, write_text
+from eckart.results import SCHEMA_VERSION, Measurement, mean, read_json, to_json, write_text
 from eckart.scoring import log_probabilities, score_block
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
@@ -53,6 +53,8 @@ from eckart.weighting import (
 )
 
 Report = Callable[["Progress"], None]
+WINDOW = 256
+"""Tokens of a window, unless told otherwise."""
 STATISTICS_BYTES = 2**31
 """Most bytes of moments held at once; the text is read again for what does not fit."""
 
@@ -68,12 +70,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Unit:
-    """Matrices that share one rank: one, or the same part of all experts of a stack."""
+    """Matrices that share one rank: one, or all experts of a stack, gate and up of each joined."""
 
     name: str
     matrices: tuple[Matrix, ...]
     layer: int | None
     stack: str
+    parts: tuple[tuple[Matrix, ...], ...]
+    """What the model's list has in the place of each: itself, or the parts of an expert."""
 
     def full(self) -> int:
         """The largest rank."""
@@ -89,8 +93,28 @@ class Compression:
     """By the matrix's name; `eckart.factor_(model, plan, factors=…)` puts them into the model."""
     divergence: dict[str, Measurement]
     """From the original model, on calibration windows, of every allocation that was tried."""
+    chosen: str
+    """The allocation that was."""
     facts: dict[str, Any] = field(repr=False)
-    """Fields of results.json."""
+    """`model`, `calibration`, `budget`, `matrices` and more of results.json."""
+
+    def to_results(self) -> dict[str, Any]:
+        """Give what results.json says of a compression before it is measured.
+
+        Returns:
+            A tree of dicts, lists and measurements.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "compress",
+            **self.facts,
+            "allocations": [
+                {"allocation": name, "divergence": value, "chosen": name == self.chosen}
+                for name, value in self.divergence.items()
+            ],
+            "warnings": [f"{name} stays dense: {reason}." for name, reason in self.facts["stayed_dense"].items()],
+            "recipe": self.plan.made_by.recipe,
+        }
 
 
 def compress(
@@ -100,6 +124,7 @@ def compress(
     settings: CompressSettings,
     *,
     source: str = "",
+    stored: torch.dtype | None = None,
     spill: Path | None = None,
     progress: Report | None = None,
 ) -> Compression:
@@ -111,6 +136,7 @@ def compress(
         calibration: A task of kind `text`.
         settings: The budget, and how.
         source: Where the model came from, for the plan.
+        stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
         spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
             everything is held in memory.
         progress: Called before every part of the work.
@@ -130,7 +156,7 @@ def compress(
     windows = read_windows(
         calibration,
         tokenizer,
-        length=settings.window or 256,
+        length=settings.window or WINDOW,
         count=settings.windows,
         batch_tokens=settings.batch_tokens,
     )
@@ -144,36 +170,60 @@ def compress(
         }
     )
     tell = progress or (lambda _: None)
-    run = _Run(model, tokenizer, settings, windows, units, work, tell)
+    run = _Run(model, tokenizer, settings, windows, units, work, tell, stored)
     with evaluating(model), each_expert(model):
         curves = run.curves()
         budget = run.budget(curves)
         allocate.check_budget(curves, budget)
-        choice, divergence = run.choose(curves, budget)
+        chosen, choice, divergence = run.choose(curves, budget)
         ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-        factors = run.factors(ranks)
+        factors = _of_parts(units, run.factors(ranks))
     edits = [
-        _edit(matrix, ranks[unit.name], settings)
+        _edit(part, min(ranks[unit.name], part.rank), settings)
         for unit in units
-        for matrix in unit.matrices
+        for parts in unit.parts
+        for part in parts
         if ranks[unit.name] < unit.full()
     ]
     plan = Plan(
-        model=PlannedModel(
-            source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]
-        ),
+        model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
         edits=tuple(edits),
         made_by=MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json")),
     )
+    by_name = {curve.name: curve for curve in curves}
     facts = {
-        "seconds": time.perf_counter() - started,
-        "budget": budget,
-        "spent": allocate.cost_of(curves, choice),
-        "dense_cost": float(sum(curve.costs[-1] for curve in curves)),
-        "blocked": blocked,
+        "model": {
+            "source": source,
+            "architecture": type(model).__name__,
+            "weights_sha256": work.about["weights"],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "coverage": coverage(model, matrices),
+        },
+        "calibration": {"name": calibration.name, "windows": windows.count, "tokens": sum(windows.tokens)},
+        "budget": {
+            "unit": "bytes" if settings.bytes is not None else "numbers",
+            "allowed": budget,
+            "spent": allocate.cost_of(curves, choice),
+            "dense": float(sum(curve.costs[-1] for curve in curves)),
+        },
+        "matrices": [
+            {
+                "matrix": unit.name,
+                "layer": unit.layer,
+                "type": unit.matrices[0].type,
+                "shape": unit.matrices[0].shape,
+                "count": len(unit.matrices),
+                "rank": ranks[unit.name],
+                "cost": float(by_name[unit.name].costs[choice[unit.name]]),
+                "dense": float(by_name[unit.name].costs[-1]),
+            }
+            for unit in units
+        ],
+        "stayed_dense": blocked,
         "roots": run.roots,
+        "seconds": {"compress": time.perf_counter() - started},
     }
-    return Compression(plan, factors, divergence, facts)
+    return Compression(plan, factors, divergence, chosen, facts)
 
 
 def find_units(
@@ -193,21 +243,34 @@ def find_units(
         MatrixError: Nothing is left.
     """
     blocked: dict[str, str] = {}
-    groups: dict[str, list[Matrix]] = {}
+    whole: dict[Place, list[Matrix]] = {}
+    for matrix in partition(matrices):
+        whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
+    experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
+    units = []
     for matrix in select(partition(matrices), types=settings.types):
         reason = obstacle(model, matrix.parameter)
+        siblings = tuple(whole[matrix.parameter, matrix.expert])
         if reason is not None:
             blocked[matrix.name] = reason
-            continue
-        part = f":{matrix.type}" if matrix.rows is not None else ""
-        name = matrix.name if matrix.expert is None else matrix.parameter + part
-        groups.setdefault(name, []).append(matrix)
-    if not groups:
+        elif matrix.expert is None:
+            units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
+        elif matrix is siblings[0]:
+            # One rank serves all rows of an expert, so they are cut as one matrix.
+            out = sum(part.shape[0] for part in siblings)
+            name = f"{matrix.parameter}[{matrix.expert}]"
+            joined = (
+                matrix if len(siblings) == 1 else replace(matrix, name=name, shape=(out, matrix.shape[1]), rows=None)
+            )
+            experts.setdefault(matrix.parameter, []).append((joined, siblings))
+    for name, each in experts.items():
+        first = each[0][0]
+        units.append(Unit(name, tuple(m for m, _ in each), first.layer, first.stack, tuple(parts for _, parts in each)))
+    if not units:
         raise MatrixError(
             f"Every matrix of these types must stay dense: {next(iter(blocked.values()), 'there is none')}. "
             "Linear layers and stacks of experts can be factored. Change --types."
         )
-    units = [Unit(name, tuple(group), group[0].layer, group[0].stack) for name, group in groups.items()]
     return units, blocked
 
 
@@ -253,10 +316,11 @@ class _Run:
         units: list[Unit],
         work: Spill,
         tell: Report,
+        stored: torch.dtype | None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.units, self.work, self.tell = units, work, tell
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = stored or next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         self.windows = self._here(windows)
         self.few = self._here(_first(windows, settings.measured))
@@ -293,9 +357,7 @@ class _Run:
             moments: dict[str, Moments] = {}
             if self.settings.method != "svd":
                 gradients = self.settings.method in ("fwsvd", "double", "propagated")
-                moments = collect(
-                    self.model, self.windows, matrices, gradients=gradients, seed=self.settings.seed
-                )
+                moments = collect(self.model, self.windows, matrices, gradients=gradients, seed=self.settings.seed)
             for unit in group:
                 self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
                 self.work.keep(unit.name, self._decompose(unit, moments))
@@ -357,10 +419,10 @@ class _Run:
         if self.settings.ratio is not None:
             return self.settings.ratio * dense
         assert self.settings.bytes is not None
-        whole = sum(parameter.nbytes for parameter in self.model.parameters())
+        whole = sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
         return self.settings.bytes - (whole - dense)
 
-    def choose(self, curves: list[Curve], budget: float) -> tuple[Choice, dict[str, Measurement]]:
+    def choose(self, curves: list[Curve], budget: float) -> tuple[str, Choice, dict[str, Measurement]]:
         """Try allocations and keep the one that diverges least on calibration windows."""
         wanted = self.settings.allocate
         candidates: dict[str, Choice] = {"uniform": allocate.uniform(curves, budget)}
@@ -381,7 +443,7 @@ class _Run:
                 self.work.note(key, values)
             found[name] = mean(np.array(values), "nats/token")
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
-        return candidates[best], found
+        return best, candidates[best], found
 
     def reference(self) -> list[Tensor]:
         """The original model's predictions on the few windows on which divergence is measured."""
@@ -398,9 +460,7 @@ class _Run:
     def _divergence(self, reference: Sequence[Tensor], forward: Callable[[int], Any] | None = None) -> list[float]:
         found: list[float] = []
         for index, expected in enumerate(reference):
-            scores = score_block(
-                self.model, self.tokenizer, self.few, index, reference=expected, forward=forward
-            )
+            scores = score_block(self.model, self.tokenizer, self.few, index, reference=expected, forward=forward)
             found += scores.loss
         return [value if np.isfinite(value) else 1e30 for value in found]
 
@@ -605,6 +665,20 @@ def _edit(matrix: Matrix, rank: int, settings: CompressSettings) -> Edit:
         weighting="none" if settings.method == "svd" else settings.method,
         stack=matrix.stack,
     )
+
+
+def _of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+    """Divide the factors of joined experts among their parts, which go on sharing `Vh`."""
+    found = {}
+    for unit in units:
+        for matrix, parts in zip(unit.matrices, unit.parts):
+            if matrix.name in factors and parts == (matrix,):
+                found[matrix.name] = factors[matrix.name]
+            elif matrix.name in factors:
+                spectrum = factors[matrix.name]
+                for part in parts:
+                    found[part.name] = replace(spectrum, U=spectrum.U[rows_of(part).to(spectrum.U.device)])
+    return found
 
 
 def _narrow(spectrum: Spectrum) -> Spectrum:

@@ -191,12 +191,14 @@ def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making
         for expert, weight in enumerate(weights)
     ]
     out, into = weights[0].shape
-    ranks = [sum(min(len(part.rows), into) if part.rank is None else part.rank for part in each) for each in parts]
-    rank = FactoredExperts.rounded(max(ranks))
-    problem = _too_large(len(weights) * rank * (out + into) * stack.itemsize, stack, making)
+    spectra = [
+        _joined([(part, _spectrum(part, weight, making)) for part in each]) for weight, each in zip(weights, parts)
+    ]
+    largest = max(len(spectrum.S) for spectrum in spectra)
+    numbers = len(weights) * FactoredExperts.rounded(largest) * (out + into)
+    problem = _too_large(numbers * stack.itemsize, stack, making)
     if problem is not None:
-        return f"{problem}: all its experts get the largest of their ranks, {max(ranks)} of {min(out, into)}"
-    spectra = [_joined([(part, _spectrum(part, weight, making)) for part in each]) for weight, each in zip(weights, parts)]
+        return f"{problem}: all its experts get the largest of their ranks, {largest} of {min(out, into)}"
     return FactoredExperts.from_spectra(spectra, transposed=first.transposed, dtype=stack.dtype)
 
 
@@ -214,6 +216,7 @@ def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
         rows = rows_of(matrix)
         free[rows] = False
         keeps_all = edit.kind == "low_rank" and edit.svd == "exact" and edit.rank == edit.full_rank
+        keeps_all &= edit.weighting == "none"
         if edit.kind == "magnitude" or keeps_all:
             parts.append(_Part(rows, None, edit))
             continue
@@ -277,8 +280,14 @@ def _block(
 
 
 def _joined(parts: list[tuple[_Part, Spectrum]]) -> Spectrum:
-    """Write parts of one weight as one product, whose rank is the sum of theirs and at least 1."""
+    """Write parts of one weight as one product, whose rank is the sum of theirs and at least 1.
+
+    Parts that have one `Vh` in common share it.
+    """
     first = parts[0][1]
+    if all(torch.equal(spectrum.Vh, first.Vh) and torch.equal(spectrum.S, first.S) for _, spectrum in parts):
+        rows = torch.cat([part.rows for part, _ in parts]).argsort()
+        return Spectrum(torch.cat([spectrum.U for _, spectrum in parts])[rows.to(first.U.device)], first.S, first.Vh)
     out, into = sum(len(part.rows) for part, _ in parts), first.Vh.shape[1]
     rank = max(1, sum(len(spectrum.S) for _, spectrum in parts))
     joined = Spectrum(first.U.new_zeros(out, rank), first.S.new_zeros(rank), first.Vh.new_zeros(rank, into))

@@ -164,7 +164,7 @@ def test_a_killed_compression_goes_on_and_ends_as_an_undisturbed_one(name, tmp_p
     assert stages >= {"reading", "decomposing", "measuring", "comparing allocations", "cutting"}
     found, kills = None, 0
     while found is None:
-        left = 8
+        left = 8 * (kills + 1)
 
         def stop(_):
             nonlocal left
@@ -177,7 +177,7 @@ def test_a_killed_compression_goes_on_and_ends_as_an_undisturbed_one(name, tmp_p
         except Killed:
             kills += 1
         assert kills < len(steps)
-    assert kills > 2
+    assert kills >= 2
     assert found.plan == expected.plan
     assert found.divergence == expected.divergence
     for key, spectrum in expected.factors.items():

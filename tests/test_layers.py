@@ -22,6 +22,8 @@ LAYERS = [
     {"factoring"},
     {"prefix", "recipe", "sources"},
     {"scoring", "checkpoint", "report"},
+    {"skeleton"},
+    {"shards"},
     {"ledger"},
     {"race", "sensitivity", "controls", "calibration"},
     {"propagation"},

@@ -114,7 +114,7 @@ def stored_dtype(source: str, model: Any) -> torch.dtype:
     Returns:
         What the config says, or the model's own where it says nothing.
     """
-    name, local = _resolve(source)
+    name, local = resolve(source)
     config = transformers.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     found = getattr(config, "dtype", None)
     found = getattr(torch, found, None) if isinstance(found, str) else found

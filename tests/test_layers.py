@@ -22,6 +22,7 @@ LAYERS = [
     {"factoring"},
     {"prefix", "recipe", "sources"},
     {"scoring", "checkpoint", "report"},
+    {"resources"},
     {"skeleton"},
     {"shards"},
     {"ledger"},
@@ -34,7 +35,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run"},
+    {"run", "compression_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

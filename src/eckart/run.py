@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eckart.calibration import read_windows
-from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, stored_dtype, temporary_folder
-from eckart.compression import WINDOW, compress
+import torch
+
+from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, temporary_folder
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
-from eckart.errors import OutputError, TaskError
+from eckart.errors import OutputError
 from eckart.factoring import Factoring, factor_
 from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
-from eckart.plan import read_plan, write_plan
-from eckart.quantizer import sizes
-from eckart.recipe import CompressSettings, SearchSettings, Settings, write_recipe
+from eckart.plan import Plan, read_plan, write_plan
+from eckart.recipe import SearchSettings, Settings, write_recipe
 from eckart.report import render
-from eckart.results import SCHEMA_VERSION, Measurement, environment, to_json, write_text
-from eckart.scoring import constant_answer, prepare, rearrange, score, summarize
+from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
+from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
+from eckart.scoring import constant_answer, prepare, score, summarize
 from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
-from eckart.tasks import Task, read_task, read_text
+from eckart.tasks import Task
 
 LEDGER = "trials.sqlite"
-WORK = "work"
-"""Folder of what an unfinished compression has finished."""
-WINDOWS_MEASURED = 64
-"""Windows of a text on which a compressed model is measured."""
+DENSE = "multiplied out"
+"""What a factored model is compared with where speed and memory are measured."""
 
 
 def is_unfinished(out: Path) -> bool:
@@ -148,19 +145,26 @@ def run_evaluate(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    speed: bool = False,
+    memory: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model, unedited and under each plan, on each task.
 
+    Speed and memory are those of the folders that `eckart apply` would write, next to the model itself and, where that
+    is factored, to the same model multiplied out.
+
     Args:
         source: Folder or hub id of the model.
         plans: Plan files; the unedited model is always measured too.
-        tasks: At least one.
+        tasks: At least one, unless speed or memory is measured.
         out: Folder for `results.json` and `report.html`, new or empty; None writes nothing.
         settings: How examples are scored.
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
         force: Accept plans made for other weights.
+        speed: Also measure tokens a second.
+        memory: Also measure bytes on disk and in memory.
         progress: Called with a line before each measurement.
 
     Returns:
@@ -172,8 +176,11 @@ def run_evaluate(
     if out is not None:
         check_empty(out)
     read = {str(path): read_plan(path) for path in plans}
-    model, tokenizer = load(source, device=device, dtype=dtype)
+    model = load_model(source, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(source) if tasks else None
     check_finite(model)
+    if speed or memory:
+        check_measurable(model, memory=memory)
     matrices = find_matrices(model)
     for plan in read.values():
         check_plan(model, plan, matrices, force=force)
@@ -206,10 +213,54 @@ def run_evaluate(
         "environment": environment(),
         "recipe": settings.model_dump(mode="json"),
     }
+    if speed or memory:
+        low_rank = bool(low_rank_layers(model))
+        del model  # the sides are loaded from folders
+        place = tempfile.TemporaryDirectory(prefix="eckart-") if out is None else temporary_folder(out)
+        with place as folder:
+            where = {"device": device, "dtype": dtype}
+            sides = _side_folders(source, read, Path(folder), low_rank=low_rank, device=device, force=force)
+            if speed:
+                results["speed"] = _speed(sides, where, settings.seed, progress)
+            if memory:
+                results["memory"] = _memory(sides, where, progress)
     if out is not None:
         open_run(out)
         _finish(out, results)
     return results
+
+
+def _side_folders(
+    source: str, plans: Mapping[str, Plan], place: Path, *, low_rank: bool, device: str, force: bool
+) -> dict[str, str]:
+    """Write the models to be compared, but for the one that is there; the dense one is first."""
+    folders = {DENSE: str(place / "dense")} if low_rank else {}
+    if low_rank:
+        save(load_model(source, device=device, dtype="stored").dequantize(), folders[DENSE])
+    folders["none"] = source
+    for number, (name, plan) in enumerate(plans.items()):
+        model = load_model(source, device=device, dtype="stored")
+        folders[name] = str(_write_applied(model, plan, place / f"plan-{number}", None, force=force, dense=False)[0])
+    return folders
+
+
+def _speed(
+    sides: Mapping[str, str], where: dict[str, Any], seed: int, progress: Callable[[str], None] | None
+) -> dict[str, Any]:
+    models = {name: load_model(folder, **where) for name, folder in sides.items()}
+    first = next(iter(models))
+    rows = measure_speed(models, first, seed=seed, progress=progress)
+    prompt = prompt_of(models[first])
+    return {"prompt": prompt, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _memory(sides: Mapping[str, str], where: dict[str, Any], progress: Callable[[str], None] | None) -> dict[str, Any]:
+    rows = []
+    for name, folder in sides.items():
+        if progress is not None:
+            progress(f"memory, plan {name}")
+        rows.append(measure_memory(name, folder, **where))
+    return {"rows": rows}
 
 
 def run_apply(
@@ -248,6 +299,12 @@ def run_apply(
     model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
+    return _write_applied(model, plan, folder, tokenizer, force=force, dense=dense)
+
+
+def _write_applied(
+    model: Any, plan: Plan, folder: Path, tokenizer: Any, *, force: bool, dense: bool
+) -> tuple[Path, Factoring | None]:
     if dense:
         apply_(model, plan, force=force)
         if low_rank_layers(model):
@@ -256,110 +313,6 @@ def run_apply(
     with temporary_folder(folder) as spill:
         factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
         return save(model, folder, tokenizer, plan), factoring
-
-
-def run_compress(
-    source: str,
-    calibration: Path,
-    out: Path,
-    settings: CompressSettings,
-    *,
-    texts: Sequence[Path] = (),
-    tasks: Sequence[Path] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Callable[[Any], None] | None = None,
-) -> dict[str, Any]:
-    """Compress a model, and write `plan.json`, `results.json`, `recipe.yaml`, `report.html` and `model/`.
-
-    What is finished lies in `out/work` until the end; the same command goes on from there.
-
-    Args:
-        source: Folder or hub id of the model.
-        calibration: A text file. Windows of it beyond those that are read measure the result.
-        out: The run's folder: new, empty, or holding an unfinished compression with the same settings.
-        settings: The budget, and how.
-        texts: Other text files on which perplexity is measured before and after.
-        tasks: Task files that are measured before and after.
-        device: As for `eckart.load`.
-        dtype: Of the computation, as for `eckart.load`; the folder is written in the dtype of the original.
-        progress: Called with an `eckart.compression.Progress` before every part of the work.
-
-    Returns:
-        The contents of results.json.
-
-    Raises:
-        EckartError: Bad input, or the folder cannot be written.
-    """
-    begun = compression_begun(out)
-    if not begun:
-        check_empty(out)
-    text = read_text(calibration)
-    measured = [read_text(path) for path in texts] + [read_task(path) for path in tasks]
-    started = time.perf_counter()
-    model, tokenizer = load(source, device=device, dtype=dtype)
-    stored = stored_dtype(source, model)
-    found = compress(
-        model, tokenizer, text, settings, source=source, stored=stored, spill=out / WORK, progress=progress
-    )
-    compressed = time.perf_counter()
-    before = _quality(model, tokenizer, text, measured, settings)
-    folder = out / "model"
-    if not folder.exists():
-        small = load_model(source, device=device, dtype="stored")
-        with temporary_folder(folder) as spill:
-            mapped = spill if small.device.type == "cpu" else None
-            factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
-            save(small, folder, tokenizer, found.plan)
-    small = load_model(str(folder), device=device, dtype=dtype)
-    after = _quality(small, tokenizer, text, measured, settings)
-    size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored"))
-    results = found.to_results() | {
-        "size": {"before": dense, "after": size},
-        "quality": [{"name": name, "before": rows, "after": after[name]} for name, rows in before.items()],
-        "seconds": {"compress": compressed - started, "total": time.perf_counter() - started},
-        "environment": environment(),
-    }
-    write_plan(out / "plan.json", found.plan)
-    write_text(out / "recipe.yaml", write_recipe(settings))
-    _finish(out, results)
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    return results
-
-
-def compression_begun(out: Path) -> bool:
-    """Tell whether a folder holds a compression that was interrupted.
-
-    Args:
-        out: The folder; it need not exist.
-
-    Returns:
-        Whether it does.
-    """
-    return (out / WORK).is_dir() and not (out / "results.json").exists()
-
-
-def _quality(
-    model: Any, tokenizer: Any, text: Task, measured: Sequence[Task], settings: CompressSettings
-) -> dict[str, dict[str, Measurement]]:
-    """Perplexity on unread windows of the calibration text, and on whatever else was given."""
-    window = settings.window or WINDOW
-    found = {}
-    for number, task in enumerate((text, *measured)):
-        if task.kind != "text":
-            encoded = prepare(model, tokenizer, task, batch_tokens=settings.batch_tokens)
-        else:
-            first = 0 if number else settings.windows
-            try:
-                encoded = read_windows(task, tokenizer, length=window, count=WINDOWS_MEASURED, first=first)
-            except TaskError:
-                if number:
-                    raise
-                continue  # the text ends with the windows that were read
-            encoded = rearrange(model, encoded)
-        name = task.name if number else f"{task.name}, windows that were not read"
-        found[name] = summarize(encoded, score(model, tokenizer, encoded, normalize=settings.normalize))
-    return found
 
 
 def forecast_search(

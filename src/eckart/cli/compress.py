@@ -47,9 +47,9 @@ def compress(
     debug: Debug = False,
 ) -> None:
     """Make the best model under a budget, and write it to OUT/model."""
+    from eckart.compression_run import compression_begun, run_compress
     from eckart.recipe import CompressSettings, make_settings
     from eckart.results import to_json
-    from eckart.run import compression_begun, run_compress
 
     with reported(debug, resume=True):
         given = {

@@ -11,8 +11,8 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
-    {"truncation", "results", "layout"},
-    {"clustering", "spectrum", "noise"},
+    {"truncation", "results", "layout", "allocate"},
+    {"clustering", "spectrum", "noise", "weighting"},
     {"linear"},
     {"experts"},
     {"dataflow"},
@@ -26,7 +26,9 @@ LAYERS = [
     {"skeleton"},
     {"shards"},
     {"ledger"},
-    {"race", "sensitivity", "controls", "training"},
+    {"race", "sensitivity", "controls", "training", "calibration"},
+    {"propagation"},
+    {"compression"},
     {"recovery"},
     {"sweep"},
     {"crew"},
@@ -34,7 +36,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run"},
+    {"run", "compression_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

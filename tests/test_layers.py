@@ -30,7 +30,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run"},
+    {"run", "server"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

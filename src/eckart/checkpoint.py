@@ -69,12 +69,7 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     Raises:
         ModelError: As for `load`.
     """
-    if dtype not in _DTYPES:
-        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
-    where = _device(device)
-    name, local = _resolve(source)
-    if local:
-        check_folder(Path(name))
+    name, local, where = locate(source, device=device, dtype=dtype)
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -128,6 +123,29 @@ def load_tokenizer(source: str) -> Any:
         f"{source} has no usable tokenizer: {problem}. A tokenizer.json lies beside the weights. "
         "Copy it from where the model came from."
     )
+
+
+def locate(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[str, bool, torch.device]:
+    """Check what can be checked before a model is loaded.
+
+    Args:
+        source: As for `load`.
+        device: As for `load`.
+        dtype: As for `load`.
+
+    Returns:
+        The name to load from, whether it is a folder, and the device.
+
+    Raises:
+        ModelError: `source` is no model, a damaged one, or an adapter; device or dtype are unknown.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
+    where = _device(device)
+    name, local = _resolve(source)
+    if local:
+        check_folder(Path(name))
+    return name, local, where
 
 
 def _resolve(source: str) -> tuple[str, bool]:

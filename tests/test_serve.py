@@ -1,4 +1,4 @@
-"""`eckart serve` answers OpenAI's requests as greedy `generate` does. Oracle: transformers' generate, in this process."""
+"""`eckart serve` answers as greedy `generate` does. Oracle: transformers' generate, in this process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Serves a model by transformers' OpenAI-compatible server, which understands factored folders once eckart is imported."""
+"""Serves a model by transformers' OpenAI-compatible server, which knows factored folders once eckart is imported."""
 
 from __future__ import annotations
 

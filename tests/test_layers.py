@@ -17,6 +17,7 @@ LAYERS = [
     {"experts"},
     {"dataflow"},
     {"quantizer"},
+    {"portable", "vllm_plugin"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"factoring"},

@@ -212,6 +212,7 @@ def run_apply(
     dtype: str = "stored",
     force: bool = False,
     dense: bool = False,
+    portable: bool = False,
 ) -> tuple[Path, Factoring | None]:
     """Write the model that a plan describes to `out/model`.
 
@@ -226,6 +227,7 @@ def run_apply(
         dtype: As for `eckart.load`.
         force: Accept a plan made for other weights.
         dense: Write dense weights, which plain transformers loads; layers that were low-rank before are multiplied out.
+        portable: As for `eckart.save`; without meaning where all is dense.
 
     Returns:
         The model's folder, and what became of the edited weights unless all are dense.
@@ -246,7 +248,7 @@ def run_apply(
         return save(model, folder, tokenizer, plan), None
     with temporary_folder(folder) as spill:
         factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
-        return save(model, folder, tokenizer, plan), factoring
+        return save(model, folder, tokenizer, plan, portable=portable), factoring
 
 
 def forecast_search(

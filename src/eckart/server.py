@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import huggingface_hub.constants
 import transformers
@@ -43,9 +44,8 @@ def serve(source: str, *, host: str = "127.0.0.1", port: int = 8000, device: str
         # A request could make the server fetch another model.
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     if dtype == "auto" and where.type == "cpu":
-        stored = transformers.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False).dtype
-        half = stored is not None and stored.itemsize < 4
-        dtype = "float32" if half else "stored"
+        config: Any = transformers.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        dtype = "float32" if config.dtype is not None and config.dtype.itemsize < 4 else "stored"
 
     from transformers.cli.serve import Serve
 

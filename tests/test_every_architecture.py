@@ -53,9 +53,9 @@ def searched(name, folder, run):
         run.mkdir()
         write_plan(run / "plan.json", Plan(model=planned, edits=edits, made_by=MadeBy(eckart="0")))
         return
-    for seed in range(0, 5000, 1000):  # until an edit of this random model helps
-        choices = [(tiny.sentence(1, seed + index), tiny.sentence(1, seed + index + 100)) for index in range(8)]
-        examples = [Example(tiny.sentence(5, index), index % 2, pair) for index, pair in enumerate(choices)]
+    for seed in range(5):  # until an edit of this random model helps
+        pairs = [(f"w{7 + (seed + 5 * index) % 40}", f"w{50 + (seed + 3 * index) % 40}") for index in range(8)]
+        examples = [Example(tiny.sentence(5, index), index % 2, pair) for index, pair in enumerate(pairs)]
         where = run.with_name(f"{run.name}-{seed}")
         if run_search(str(folder), make_task("task", examples), where, SETTINGS).plan.edits:
             where.rename(run)

@@ -4,7 +4,7 @@ The report is a pure function of the JSON, so `eckart report RUN` redraws it yea
 word and number here; the template lays them out, and its script only draws the plots.
 
 Text from models and tasks is hostile until shown otherwise. Three fences keep it inert: jinja2 escapes all of
-it, `_plot_text` disarms what plotly would read as markup, and a content security policy made of script hashes
+it, `plot_text` disarms what plotly would read as markup, and a content security policy made of script hashes
 lets the browser run the report's own scripts and load nothing.
 
 As in results.json, a gain is edited minus unedited whatever the metric: a negative gain in loss is an
@@ -19,13 +19,13 @@ import math
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jinja2 import Environment, StrictUndefined, Template, UndefinedError
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template, UndefinedError
 from markupsafe import Markup
 
 from eckart.errors import EckartError
@@ -107,8 +107,27 @@ def render(results: Json) -> str:
             f"A report can be drawn of {' or '.join(map(repr, PAGES))}. "
             f"Give the folder of a run that `eckart search` or `eckart evaluate` wrote."
         )
+    return draw(results, *PAGES[kind])
+
+
+def draw(results: Json, page: Callable[[Json], Json], template: str) -> str:
+    """Fill a template with what a page shows, and with what every page does.
+
+    Args:
+        results: Of any kind and the current schema version; `model`, `warnings`, `recipe`, `environment` and `seconds`
+            stand on every page. Not modified.
+        page: Takes the results to what the template names besides.
+        template: Of this package; extends `frame.html.j2`.
+
+    Returns:
+        HTML, as of `render`.
+
+    Raises:
+        EckartError: A field is missing or of another type.
+    """
+    kind = results.get("kind")
     try:
-        return _template().render(**PAGES[kind](results))
+        return _template(template).render(**_frame(results) | page(results))
     except (LookupError, TypeError, ValueError, AttributeError, UndefinedError) as error:
         raise EckartError(
             f"these results of kind {kind!r} lack a field or hold one of the wrong type "
@@ -119,8 +138,10 @@ def render(results: Json) -> str:
 
 
 @cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _template(name: str) -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_source)
+    )
     environment.filters |= {
         "measurement": _measurement,
         "gain": _gain_and_span,
@@ -129,7 +150,11 @@ def _template() -> Template:
         "said": _said,
         "hash_source": _hash_source,
     }
-    return environment.from_string((files("eckart") / "report.html.j2").read_text(encoding="utf-8"))
+    return environment.get_template(name)
+
+
+def _source(name: str) -> str:
+    return (files("eckart") / name).read_text(encoding="utf-8")
 
 
 # Pages: what the template shows, by kind of results.
@@ -142,7 +167,7 @@ def _search_page(results: Json) -> Json:
     trials = results["grid"]
     singles = [trial | {"edits": [trial["edit"]]} for trial in trials]
     plots = _plots(trials, baseline["validation"], edits, results.get("spectrum"))
-    return _frame(results) | {
+    return {
         "title": f"{results['task']['name']} on {_model_name(results['model'])}",
         "verdict": _verdict(results),
         "effort": _effort(results),
@@ -178,7 +203,7 @@ def _evaluate_page(results: Json) -> Json:
             for name, value in _in_order(found.get((plan, task), {}))
         ]
 
-    return _frame(results) | {
+    return {
         "title": f"Evaluation of {_model_name(results['model'])}",
         "verdict": "",
         "tasks": tasks,
@@ -189,7 +214,10 @@ def _evaluate_page(results: Json) -> Json:
     }
 
 
-PAGES = {"search": _search_page, "evaluate": _evaluate_page}
+PAGES = {
+    "search": (_search_page, "report.html.j2"),
+    "evaluate": (_evaluate_page, "report.html.j2"),
+}
 
 
 def _frame(results: Json) -> Json:
@@ -590,8 +618,8 @@ def _plots(trials: list[Json], baseline: Json, winner: list[Json], spectrum: Jso
     whole = [trial for trial in trials if not trial["stopped"]]
     return {
         "metrics": metrics,
-        "rows": [{"stack": _plot_text(_ending(stack, LABEL_CHARACTERS)), "layer": layer} for stack, layer in rows],
-        "types": [_plot_text(_ending(name, LABEL_CHARACTERS)) for name in types],
+        "rows": [{"stack": plot_text(_ending(stack, LABEL_CHARACTERS)), "layer": layer} for stack, layer in rows],
+        "types": [plot_text(_ending(name, LABEL_CHARACTERS)) for name in types],
         "series": [TYPES.index(name) if name in TYPES else i % len(TYPES) for i, name in enumerate(types)],
         "rhos": [*(_plain(rho) for rho in rhos), EVERY_RHO],
         "rho_values": rhos,
@@ -631,10 +659,10 @@ def _point(trial: Json, peers: int) -> Json:
     """One edit as the page needs it to write a hover."""
     edit, measured = trial["edit"], trial["validation"]
     point = {
-        "matrix": _plot_text(_ending(edit["matrix"], HOVER_CHARACTERS)),
+        "matrix": plot_text(_ending(edit["matrix"], HOVER_CHARACTERS)),
         "rho": _plain(edit.get("rho")),
         "rank": _rank(edit),
-        "notes": [_plot_text(f"{key} {value}") for key, value in _unusual(edit)],
+        "notes": [plot_text(f"{key} {value}") for key, value in _unusual(edit)],
         "peers": peers,
         "count": _seen(trial),
     }
@@ -642,7 +670,7 @@ def _point(trial: Json, peers: int) -> Json:
         # A part of the examples, and not a random one, is not to be compared with all of them.
         proved = _proved(trial["stopped"])
         bound = {trial["stopped"]["metric"]: trial["stopped"]["at_best"]} if proved else {}
-        return point | {"stopped": _plot_text(_reason(trial)), "bound": bound}
+        return point | {"stopped": plot_text(_reason(trial)), "bound": bound}
     return point | {name: _pair(value) for name, value in measured.items() if name in JUDGED}
 
 
@@ -675,10 +703,16 @@ def _spectrum(spectrum: Json | None, edits: list[Json]) -> Json | None:
     }
 
 
-def _plot_text(text: object) -> str:
-    """Text that plotly shows as it is: it reads tags, entities and TeX in labels, and these hold none.
+def plot_text(text: object) -> str:
+    """Make a text one that plotly shows as it is: it reads tags, entities and TeX in labels, and this holds none.
 
-    >>> _plot_text("<b>$x$")
+    Args:
+        text: Anything, from models and tasks too.
+
+    Returns:
+        The text with entities in the place of what plotly reads as markup.
+
+    >>> plot_text("<b>$x$")
     '&lt;b&gt;&#36;x&#36;'
     """
     return html.escape(str(text), quote=False).replace("$", "&#36;")

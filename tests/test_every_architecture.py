@@ -23,9 +23,7 @@ AUTO = dict.fromkeys(tiny.CAUSAL, "AutoModelForCausalLM")
 AUTO |= dict.fromkeys(tiny.MASKED, "AutoModelForMaskedLM")
 AUTO |= dict.fromkeys(tiny.ENCODER_DECODER, "AutoModelForSeq2SeqLM")
 AUTO |= {"vit": "AutoModelForImageClassification", "decision_transformer": "AutoModel"}
-SETTINGS = SearchSettings(
-    strategy="exhaustive", types=("fc_in", "q_proj"), layers=(1,), rho=(0.05, 0.1, 0.2), select="loss", split=0.5
-)
+SETTINGS = SearchSettings(strategy="exhaustive", types=("fc_in", "out_proj"), rho=(0.05, 0.2), select="loss", split=0.5)
 
 FRESH = """
 import sys, json
@@ -53,8 +51,8 @@ def searched(name, folder, run):
         run.mkdir()
         write_plan(run / "plan.json", Plan(model=planned, edits=edits, made_by=MadeBy(eckart="0")))
         return
-    for seed in range(5):  # until an edit of this random model helps
-        pairs = [(f"w{7 + (seed + 5 * index) % 40}", f"w{50 + (seed + 3 * index) % 40}") for index in range(8)]
+    for seed in range(20):  # until an edit of this random model helps
+        pairs = [(f"w{7 + (seed + 5 * index) % 40}", f"w{50 + (seed + 3 * index) % 40}") for index in range(6)]
         examples = [Example(tiny.sentence(5, index), index % 2, pair) for index, pair in enumerate(pairs)]
         where = run.with_name(f"{run.name}-{seed}")
         if run_search(str(folder), make_task("task", examples), where, SETTINGS).plan.edits:

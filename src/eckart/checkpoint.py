@@ -74,7 +74,7 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        model, loaded = _class_of(config).from_pretrained(
+        model, loaded = class_of(config).from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, dtype, "auto"),
@@ -112,7 +112,7 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         ModelError: There is none.
     """
-    name, local = _resolve(source)
+    name, local = resolve(source)
     problem = "it is empty"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
@@ -143,14 +143,24 @@ def locate(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[s
     if dtype not in _DTYPES:
         raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
     where = _device(device)
-    name, local = _resolve(source)
+    name, local = resolve(source)
     if local:
         check_folder(Path(name))
     return name, local, where
 
 
-def _resolve(source: str) -> tuple[str, bool]:
-    """Give the name to load from, and whether it is a folder."""
+def resolve(source: str) -> tuple[str, bool]:
+    """Give the name to load from, and whether it is a folder.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        The folder's path and True, or the hub id and False.
+
+    Raises:
+        ModelError: It is neither.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return str(folder), True
@@ -175,8 +185,15 @@ def _device(name: str) -> torch.device:
         ) from None
 
 
-def _class_of(config: Any) -> Any:
-    """The class that the config names, if transformers has it; else the causal model of its type."""
+def class_of(config: Any) -> Any:
+    """Give the class that a config names, if transformers has it; else the causal model of its type.
+
+    Args:
+        config: Of a transformers model.
+
+    Returns:
+        A class with `from_pretrained` and `_from_config`.
+    """
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -209,14 +226,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} has no config.json. A model folder is as `save_pretrained` writes it. Check the path."
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: {error}. It maps weights to shards. Download it again.") from None
-    else:
-        shards = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    shards = _shards(folder)
     if not shards:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
@@ -230,7 +240,41 @@ def check_folder(folder: Path) -> None:
             "Download it again."
         )
     for shard in shards:
-        check_safetensors(folder / str(shard))
+        check_safetensors(folder / shard)
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files that hold the weights; none where there is no safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    try:
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error}. It maps weights to shards. Download it again.") from None
+
+
+def shards_of(source: str) -> list[Path]:
+    """List the safetensors files of a model.
+
+    Args:
+        source: As for `load`; a hub id must have been loaded before.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ModelError: There is no such folder, or its index is damaged.
+    """
+    name, local = resolve(source)
+    folder = Path(name)
+    if not local:
+        from transformers.utils.hub import cached_file
+
+        config = cached_file(name, "config.json", local_files_only=True)
+        assert config is not None, "it was loaded"
+        folder = Path(config).parent
+    return [folder / shard for shard in _shards(folder)]
 
 
 def _has_adapter(source: str) -> ModelError:

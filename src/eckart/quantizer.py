@@ -314,6 +314,22 @@ def replace_(model: nn.Module, path: str, new: nn.Module | nn.Parameter) -> None
         setattr(holder, name, new)
 
 
+def empty_layer(stored: StoredLayer, *, bias: bool) -> Any:
+    """Build a linear layer as it is stored, on the meta device.
+
+    Args:
+        stored: Any storage but `experts`.
+        bias: Whether it has one.
+
+    Returns:
+        The layer; `load_state_dict(..., assign=True)` gives it its numbers.
+
+    Raises:
+        EckartError: The description does not fit together.
+    """
+    return _empty(stored, bias, {"device": "meta"})
+
+
 def _forget_modeling(model: Any) -> None:
     """Drop what config.json says of a portable folder's modeling file, which no later folder has by itself."""
     classes: dict[str, str] = getattr(model.config, "auto_map", None) or {}

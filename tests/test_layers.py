@@ -11,8 +11,8 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
-    {"truncation", "results", "layout"},
-    {"clustering", "spectrum", "noise"},
+    {"truncation", "results", "layout", "allocate"},
+    {"clustering", "spectrum", "noise", "weighting"},
     {"linear"},
     {"experts"},
     {"dataflow"},
@@ -27,14 +27,16 @@ LAYERS = [
     {"skeleton"},
     {"shards"},
     {"ledger"},
-    {"race", "sensitivity", "controls"},
+    {"race", "sensitivity", "controls", "calibration"},
+    {"propagation"},
+    {"compression"},
     {"sweep"},
     {"crew"},
     {"cluster", "processes"},
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "server"},
+    {"run", "server", "compression_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

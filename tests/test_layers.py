@@ -17,6 +17,7 @@ LAYERS = [
     {"experts"},
     {"dataflow"},
     {"quantizer"},
+    {"portable", "vllm_plugin"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"factoring", "initialisation", "distillation"},
@@ -36,7 +37,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "compression_run"},
+    {"run", "server", "compression_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

@@ -115,7 +115,7 @@ def write_files(folder: Path, options: argparse.Namespace) -> dict[str, dict[str
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-c", CHILD, folder, options.prompt, options.tokens, options.threads]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)  # noqa: S603
     return json.loads(done.stdout)
 
 

@@ -32,6 +32,7 @@ from scipy import stats
 import reference_loop
 from eckart.checkpoint import load
 from eckart.laser import SearchResult, make_grid, search
+from eckart.ledger import Ledger
 from eckart.matrices import Matrix, find_matrices
 from eckart.plan import Edit
 from eckart.race import Rules, Trial, choose
@@ -58,6 +59,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "guided, blocks 1, 2, 4": {"strategy": "guided", "blocks": (1, 2, 4)},
     "guided, 3 together": {"strategy": "guided", "compose": 3},
 }
+
+# Bounds of the prefix cache to try beside none.
+CACHE_BYTES = (2**23, 2**21, 0)
 
 Grid = Sequence[tuple[Matrix, list[Edit]]]
 
@@ -105,11 +109,14 @@ def open_case(pair: str, options: argparse.Namespace) -> Case:
     return Case(model, tokenizer, task, settings, matrices, make_grid(matrices, settings))
 
 
-def run_search(case: Case, settings: dict[str, Any], workers: int) -> tuple[SearchResult, dict[str, Any]]:
+def run_search(
+    case: Case, settings: dict[str, Any], workers: int = 1, book: Ledger | None = None
+) -> tuple[SearchResult, dict[str, Any]]:
     """Run one of eckart's searches, and time it."""
+    book = book or Ledger(None, {})
     started = time.perf_counter()
     chosen = case.settings.model_copy(update=settings)
-    result = search(case.model, case.tokenizer, case.task, chosen, workers=workers)
+    result = search(case.model, case.tokenizer, case.task, chosen, ledger=lambda _: book, workers=workers)
     return result, {"seconds": time.perf_counter() - started, "of_that": result.facts["seconds"]}
 
 
@@ -143,19 +150,18 @@ def time_reference(case: Case, *, examples: int, edits: int, seed: int) -> dict[
             started = time.perf_counter()
             reference_loop.answer_all(case.model, case.tokenizer, sample)
             forwards.append(_timing(edit, time.perf_counter() - started))
-    decompositions = []
+    started = time.perf_counter()
     for matrix, edit in case.edits:
-        started = time.perf_counter()
         with reference_loop.edited(case.model, matrix, edit.rank):
             pass
-        decompositions.append(_timing(edit, time.perf_counter() - started))
+    decompositions = time.perf_counter() - started
     a_pass = mean(timing["seconds"] for timing in forwards) / len(sample) * len(case.examples)
     return {
-        "seconds": sum(a_pass + timing["seconds"] for timing in decompositions),
+        "seconds": a_pass * len(case.edits) + decompositions,
         "examples_per_second": len(case.examples) / a_pass,
         "sample_examples": len(sample),
         "sample_passes": forwards,
-        "decompositions": decompositions,
+        "decomposition_seconds": decompositions,
     }
 
 
@@ -200,6 +206,32 @@ def compare_scores(case: Case, examples: int) -> dict[str, Any]:
     }
 
 
+def check_exhaustive(case: Case, race: SearchResult, book: Ledger) -> dict[str, Any]:
+    """Let an exhaustive search go on where the race stopped its edits, and compare the winners."""
+    result, timing = run_search(case, {"strategy": "exhaustive"}, book=book)
+    assert result.facts["trials"]["stopped"] == 0
+    return {
+        "edits": len(result.trials),
+        "stopped_by_race": race.facts["trials"]["stopped"],
+        "same_winner": result.plan.edits == race.plan.edits,
+        "seconds": timing["seconds"],
+    }
+
+
+def measure_cache(case: Case) -> list[dict[str, Any]]:
+    """Search under several bounds of the prefix cache: what it held, what that cost, whether it changed anything."""
+    rows, whole = [], None
+    for bound in (None, *CACHE_BYTES):
+        result, timing = run_search(case, {"strategy": "guided", "cache_bytes": bound})
+        found = [(trial.edits, trial.validation) for trial in result.trials], result.best
+        whole = whole or found
+        peak = result.facts["trials"]["prefix_cache_bytes"]
+        rows.append(
+            {"cache_bytes": bound, "peak_bytes": peak, "seconds": timing["seconds"], "same_trials": found == whole}
+        )
+    return rows
+
+
 def check_winner(case: Case, result: SearchResult) -> dict[str, Any]:
     """Search by brute force, the whole model for every edit, and compare with what eckart found."""
     validation, _ = case.parts
@@ -241,12 +273,14 @@ def measure_pair(pair: str, options: argparse.Namespace, before: dict[str, Any])
     agreement = compare_scores(case, options.reference_examples)  # warms both sides up, too
     repeats: list[dict[str, Any]] = []
     results: dict[str, SearchResult] = {}
+    books: dict[str, Ledger] = {}
     for repeat in range(options.repeats):
         timings: dict[str, Any] = {}
         for name in options.searches:
             # Starting a second process takes seconds, which only a long search wins back.
             workers = options.workers if name == "race" else 1
-            results[name], timings[name] = run_search(case, SEARCHES[name], workers)
+            books[name] = Ledger(None, {})
+            results[name], timings[name] = run_search(case, SEARCHES[name], workers, books[name])
         reference = time_reference(
             case,
             examples=options.reference_examples,
@@ -261,7 +295,7 @@ def measure_pair(pair: str, options: argparse.Namespace, before: dict[str, Any])
         )
     if options.variants:
         for name, settings in VARIANTS.items():
-            results[name], _ = run_search(case, settings, 1)
+            results[name], _ = run_search(case, settings)
     run = {
         **circumstances(),
         "reference_seconds": spread([r["reference"]["seconds"] for r in repeats]),
@@ -284,6 +318,10 @@ def measure_pair(pair: str, options: argparse.Namespace, before: dict[str, Any])
         "searches": before.get("searches", {}) | timed,
         "found": before.get("found", {}) | {name: found_by(result) for name, result in results.items()},
         "agreement": agreement,
+        "exhaustive": (
+            check_exhaustive(case, results["race"], books["race"]) if "race" in results else before.get("exhaustive")
+        ),
+        "cache": measure_cache(case) if options.cache else before.get("cache"),
         "check": check_winner(case, results["race"]) if options.check_winner else before.get("check"),
     }
 
@@ -325,6 +363,7 @@ def table(folder: Path) -> str:
     speed = ("Model", "Task", "Examples (choose + prove)", "Edits", "Reference, s (scaled)")
     speed += tuple(f"{name}, {what}" for name in SEARCHES for what in ("s", "ratio")) + (
         "Examples scored by race",
+        "Winner of exhaustive",
         "Prefix cache, MiB",
     )
     names = sorted({name for result in results for name in result["found"]}, key=[*SEARCHES, *VARIANTS].index)
@@ -341,14 +380,16 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _speed(result: dict[str, Any]) -> tuple[str, ...]:
     examples = result["examples"]
     cells = [result["model"], result["task"], f"{examples['validation']} + {examples['test']}", str(result["edits"])]
-    cells.append(_spread(result["searches"]["race"]["run"]["reference_seconds"]))
+    cells.append(_spread(result["searches"]["guided"]["run"]["reference_seconds"]))
     for name in SEARCHES:
         cells += [_spread(result["searches"][name]["seconds"]), _spread(result["searches"][name]["ratio"])]
     # The unedited model is scored once on the examples that choose, and three models on those that prove.
     race = result["found"]["race"]
     proving = examples["validation"] + (3 if race["edits"] else 1) * examples["test"]
     share = (race["trials"]["examples"] - proving) / (result["edits"] * examples["validation"])
-    return (*cells, f"{100 * share:.0f} %", f"{race['trials']['prefix_cache_bytes'] / 2**20:.0f}")
+    exhaustive = result.get("exhaustive") or {}
+    same = {True: "same", False: "another"}.get(exhaustive.get("same_winner"), "")
+    return (*cells, f"{100 * share:.0f} %", same, f"{race['trials']['prefix_cache_bytes'] / 2**20:.0f}")
 
 
 def _quality(result: dict[str, Any], names: Sequence[str]) -> tuple[str, ...]:
@@ -386,6 +427,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="processes of the race, which share the threads")
     add("--searches", type=_list_of(str), default=tuple(SEARCHES), help="which of them to time, with commas between")
     add("--variants", action="store_true", help="also run the searches of VARIANTS once, for what they find")
+    add("--cache", action="store_true", help="also run guided under bounds of the prefix cache")
     add("--check-winner", action="store_true", help="repeat the search by brute force and compare")
     add("--threads", type=int, help="threads of torch; default torch's own")
     add("--seed", type=int, default=0)

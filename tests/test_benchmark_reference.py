@@ -92,7 +92,7 @@ def test_the_benchmark_measures_checks_and_renders(model, tokenizer, task, monke
     monkeypatch.setattr(benchmark, "load", lambda *_args, **_options: (model, tokenizer))
     monkeypatch.setattr(benchmark, "read_task", lambda _path: task)
     arguments = ["--rho", "0.1,0.5", "--reference-examples", "4", "--reference-edits", "4"]
-    arguments += ["--repeats", "2", "--workers", "1"]
+    arguments += ["--repeats", "2", "--workers", "1", "--cache"]
     monkeypatch.setattr(
         sys, "argv", ["search.py", "--pair", "tiny:words", "--check-winner", "--results", str(tmp_path), *arguments]
     )
@@ -102,6 +102,11 @@ def test_the_benchmark_measures_checks_and_renders(model, tokenizer, task, monke
     assert found["check"]["same_winner"]
     assert found["check"]["same_accuracies"] == found["check"]["scored_to_the_end"] > 0
     assert found["check"]["largest_loss_difference"] < 1e-5
+    assert found["exhaustive"]["same_winner"]
+    assert found["exhaustive"]["edits"] == found["edits"]
+    for row in found["cache"]:
+        assert row["same_trials"]
+        assert row["cache_bytes"] is None or row["peak_bytes"] <= row["cache_bytes"]
     assert found["agreement"]["same_answer_tokens"] == found["agreement"]["same_prediction"] == 4
     repeats = found["searches"]["race"]["run"]["repeats"]
     passes = [[timing["matrix"] for timing in repeat["reference"]["sample_passes"]] for repeat in repeats]

@@ -12,7 +12,7 @@ SOURCE = Path(eckart.__file__).parent
 LAYERS = [
     {"errors", "registration"},
     {"truncation", "results", "layout"},
-    {"clustering"},
+    {"clustering", "spectrum", "noise"},
     {"linear"},
     {"experts"},
     {"dataflow"},
@@ -20,8 +20,10 @@ LAYERS = [
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"factoring"},
-    {"prefix", "recipe"},
+    {"prefix", "recipe", "sources"},
     {"scoring", "checkpoint", "report"},
+    {"skeleton"},
+    {"shards"},
     {"ledger"},
     {"race", "sensitivity", "controls"},
     {"sweep"},
@@ -86,7 +88,8 @@ def test_tensor_modules_do_not_know_what_a_model_is():
     assert not inner("truncation") - {"errors"}
     assert not inner("clustering") - {"errors", "truncation"}
     assert not (inner("linear") | inner("experts")) - {"errors", "truncation", "linear"}
-    for module in ("truncation", "clustering", "linear", "experts"):
+    assert not (inner("spectrum") | inner("noise")) - {"errors"}
+    for module in ("truncation", "clustering", "spectrum", "noise", "linear", "experts"):
         assert not any("transformers" in name for name in imports(SOURCE / f"{module}.py"))
 
 

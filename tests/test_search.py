@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,6 +413,27 @@ def test_a_forecast_searches_nothing():
     assert found["matrices"] == 9
     assert found["validation_examples"] == 8
     assert found["seconds"] >= 0
+
+
+def test_a_forecast_divides_by_the_workers_what_they_share_and_no_more_than_there_are_threads(monkeypatch):
+    model, threads = tiny.build("llama"), torch.get_num_threads()
+
+    def seconds(workers, **options):
+        clock = iter([0.0, 10.0, 0.0, 0.0])  # a pass takes ten seconds, a decomposition none
+        monkeypatch.setattr(laser_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        settings = SMALL.model_copy(update=options)
+        return forecast(model, tiny.tokenizer(), labelled(), settings, workers=workers)["seconds"]
+
+    try:
+        torch.set_num_threads(2)
+        assert seconds(2, strategy="exhaustive") == pytest.approx(seconds(1, strategy="exhaustive") / 2, abs=0.1)
+        predicting = 30
+        race = seconds(2, strategy="race")
+        assert race - predicting == pytest.approx((seconds(1, strategy="race") - predicting) / 2, abs=0.1)
+        assert seconds(8, strategy="race") == race
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_search_refuses_bad_weights_and_missing_types_before_any_work():

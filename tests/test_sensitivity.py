@@ -1,6 +1,7 @@
 """Predictions are derivatives of the loss. Oracles: finite differences in float64, and one example at a time."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 import eckart
 import eckart.sensitivity as sensitivity_module
 import tiny_models as tiny
+from eckart.encoding import right_answers
 from eckart.errors import RecipeError
 from eckart.laser import make_grid, search
 from eckart.matrices import find_matrices, part_of, read, select, write
 from eckart.recipe import SearchSettings, make_settings
-from eckart.scoring import prepare, score
+from eckart.scoring import prepare, rearrange, score
 from eckart.sensitivity import predict
 from eckart.surgery import make_edit, replacement, weights_sha256
 from eckart.tasks import Example, make_task
@@ -104,6 +106,19 @@ def test_blocks_do_not_change_the_prediction():
     np.testing.assert_allclose(changes[0], changes[2], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_answers_that_are_wrong_take_no_part_in_the_prediction(name):
+    model, tokenizer, task = tiny.build(name), tiny.tokenizer(mask=True), labelled(12)
+    encoded = prepare(model, tokenizer, task)
+    grid = make_grid(find_matrices(model), SearchSettings(types=("v_proj",), rho=(0.1, 0.5)))
+    right = rearrange(model, right_answers(encoded, 8))
+    assert right.count == sum(len(block.examples) for block in right.blocks) == 8
+    assert {len(sequences) for sequences in right.sequences} == {1}
+    few = prepare(model, tokenizer, replace(task, examples=task.examples[:8]))
+    for found, expected in zip(predict(model, right, grid), predict(model, few, grid), strict=True):
+        assert found.change.value == pytest.approx(expected.change.value, abs=1e-6)
+
+
 def test_one_block_has_no_standard_error():
     model, _, encoded = setting("llama", 5000)
     matrix = find_matrices(model)[0]
@@ -150,7 +165,7 @@ def test_a_guided_search_measures_the_best_predicted_edits_and_chooses_among_the
     options = {"types": ("v_proj", "mlp"), "rho": (0.1, 0.5), "split": 0.5}
     before = weights_sha256(model)
     guided = search(model, tokenizer, task, SearchSettings(strategy="guided", shortlist=5, **options))
-    whole = search(model, tokenizer, task, SearchSettings(**options))
+    whole = search(model, tokenizer, task, SearchSettings(strategy="exhaustive", **options))
     assert weights_sha256(model) == before
     assert len(guided.trials) == 5
     assert len(guided.predictions) == len(whole.trials) == guided.facts["trials"]["grid"]

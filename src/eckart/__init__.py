@@ -37,6 +37,7 @@ _HOMES = {
     "Measurement": "results",
     "SearchResult": "laser",
     "search": "laser",
+    "open_task": "sources",
     "applied": "surgery",
     "apply_": "surgery",
     "check_plan": "surgery",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from eckart.report import write_report as write_report
     from eckart.results import Measurement as Measurement
     from eckart.scoring import evaluate as evaluate
+    from eckart.sources import open_task as open_task
     from eckart.surgery import applied as applied
     from eckart.surgery import apply_ as apply_
     from eckart.surgery import check_plan as check_plan

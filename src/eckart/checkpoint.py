@@ -72,13 +72,13 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     if dtype not in _DTYPES:
         raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
     where = _device(device)
-    name, local = _resolve(source)
+    name, local = resolve(source)
     if local:
         check_folder(Path(name))
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        model, loaded = _class_of(config).from_pretrained(
+        model, loaded = class_of(config).from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, dtype, "auto"),
@@ -116,7 +116,7 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         ModelError: There is none.
     """
-    name, local = _resolve(source)
+    name, local = resolve(source)
     problem = "it is empty"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
@@ -130,8 +130,18 @@ def load_tokenizer(source: str) -> Any:
     )
 
 
-def _resolve(source: str) -> tuple[str, bool]:
-    """Give the name to load from, and whether it is a folder."""
+def resolve(source: str) -> tuple[str, bool]:
+    """Give the name to load from, and whether it is a folder.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        The folder's path and True, or the hub id and False.
+
+    Raises:
+        ModelError: It is neither.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return str(folder), True
@@ -156,8 +166,15 @@ def _device(name: str) -> torch.device:
         ) from None
 
 
-def _class_of(config: Any) -> Any:
-    """The class that the config names, if transformers has it; else the causal model of its type."""
+def class_of(config: Any) -> Any:
+    """Give the class that a config names, if transformers has it; else the causal model of its type.
+
+    Args:
+        config: Of a transformers model.
+
+    Returns:
+        A class with `from_pretrained` and `_from_config`.
+    """
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):

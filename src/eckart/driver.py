@@ -78,27 +78,43 @@ def open_crew(
     if workers == 1 and ray is None:
         yield Alone(Worker(model, tokenizer, route, matrices, normalize=normalize, cache_bytes=cache_bytes))
         return
+    device = next(model.parameters()).device
+    # The driver scores too, before the others begin: with as many threads as they, so that rounding is the same.
+    with threads_of_one(workers) as each:
+
+        def orders(number: int) -> Orders:
+            local = device.type == "cuda" and ray is None
+            where = f"cuda:{number % torch.cuda.device_count()}" if local else str(device)
+            return Orders(pickle.dumps((model, tokenizer, route, matrices)), where, each, normalize, cache_bytes)
+
+        if ray is None:
+            team = Team(processes.Process, processes.ready, orders, workers)
+        else:
+            machines = cluster.connect(ray, workers=workers, threads=each, gpus=int(device.type == "cuda"))
+            team = Team(*machines, orders, workers)
+        try:
+            yield team
+        finally:
+            team.close()
+
+
+@contextmanager
+def threads_of_one(workers: int) -> Iterator[int]:
+    """Compute with the threads that one of several workers has, for the length of a `with` block.
+
+    Args:
+        workers: They share the threads of this process.
+
+    Yields:
+        The number of threads, at least one.
+    """
     threads = torch.get_num_threads()
     each = max(1, threads // workers)
-    device = next(model.parameters()).device
-
-    def orders(number: int) -> Orders:
-        where = f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" and ray is None else str(device)
-        return Orders(pickle.dumps((model, tokenizer, route, matrices)), where, each, normalize, cache_bytes)
-
-    if ray is None:
-        team = Team(processes.Process, processes.ready, orders, workers)
-    else:
-        team = Team(
-            *cluster.connect(ray, workers=workers, threads=each, gpus=int(device.type == "cuda")), orders, workers
-        )
-    # The driver scores too, before the others begin: with as many threads as they, so that rounding is the same.
     torch.set_num_threads(each)
     try:
-        yield team
+        yield each
     finally:
         torch.set_num_threads(threads)
-        team.close()
 
 
 _WHOLE = "the whole model was run"

@@ -200,6 +200,23 @@ def arrange(
     return replace(encoded, blocks=blocks, layout=layout, batch_tokens=batch_tokens)
 
 
+def right_answers(encoded: Encoded, most: int) -> Encoded:
+    """Leave out the answers that a loss does not depend on.
+
+    Args:
+        encoded: A task of any kind. Not modified.
+        most: Examples (windows of a text) to keep, the first ones.
+
+    Returns:
+        The same examples with their right answers alone, not yet in blocks: see `arrange`.
+    """
+    task = encoded.task
+    sequences = encoded.sequences[:most]
+    if task.kind == "choice":
+        sequences = tuple((mine[e.answer],) for mine, e in zip(sequences, task.examples) if isinstance(e.answer, int))
+    return replace(encoded, sequences=sequences, blocks=(), count=len(sequences), tokens=encoded.tokens[:most])
+
+
 def worthwhile(encoded: Encoded) -> tuple[Layout, ...]:
     """Name the layouts that save work, if the model gives the same likelihoods in them.
 

@@ -4,6 +4,7 @@
     ├── ModelError      a model folder or its weights cannot be used
     ├── MatrixError     a matrix, type or layer that the model does not have
     ├── RankError       a rank or rho outside its range
+    ├── SpectrumError   a weight or singular values that nothing can be said of
     ├── TaskError       a task file or an example in it is wrong
     ├── PlanError       a plan does not fit the model it is applied to
     ├── RecipeError     a setting is unknown or out of range
@@ -28,6 +29,10 @@ class MatrixError(EckartError, ValueError):
 
 class RankError(EckartError, ValueError):
     """A rank or rho outside its range."""
+
+
+class SpectrumError(EckartError, ValueError):
+    """A weight, or singular values, that nothing can be said of."""
 
 
 class TaskError(EckartError, ValueError):

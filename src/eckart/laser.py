@@ -17,8 +17,8 @@ from torch import nn
 from eckart.composition import compose
 from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
-from eckart.driver import Driver, Progress, open_crew
-from eckart.encoding import Encoded
+from eckart.driver import Driver, Progress, open_crew, threads_of_one
+from eckart.encoding import Encoded, right_answers
 from eckart.errors import TaskError
 from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, coverage, find_matrices, partition, read, select
@@ -27,7 +27,7 @@ from eckart.proof import Flip, cheap_controls, prove, warnings_of
 from eckart.race import Measurements, Rival, Rules, Trial, by_size, choose, measurements, strata_of
 from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
-from eckart.scoring import BlockScores, assemble, prepare, rearrange, score, score_block
+from eckart.scoring import BlockScores, assemble, prepare, prepare_parts, rearrange, score, score_block
 from eckart.sensitivity import Prediction, predict
 from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
 from eckart.sweep import Candidate, Route, key_of, route_of
@@ -223,10 +223,8 @@ def search(
                 cache_bytes=settings.cache_bytes,
             )
         )
-        parts = {
-            "validation": prepare(model, tokenizer, validation, **settings.encoding),
-            "test": prepare(model, tokenizer, test, **settings.encoding),
-        }
+        encoded = prepare_parts(model, tokenizer, (validation, test), **settings.encoding)
+        parts = dict(zip(("validation", "test"), encoded))
         book = ledger(fingerprint) if ledger else Ledger(None, fingerprint)
         parts["validation"], rules = _lay_out(model, tokenizer, book, parts["validation"], settings)
         driver = Driver(crew, book, progress)
@@ -234,7 +232,7 @@ def search(
         (unedited,) = driver.score("validation", [()])
         baseline = Rival((), measurements(parts["validation"], unedited, rules), unedited)
         began = time.perf_counter()
-        predictions = _predict(model, tokenizer, parts["validation"], grid, settings)
+        predictions = _predict(model, parts["validation"], grid, settings)
         predicting = time.perf_counter() - began
         trials = _singles(driver, route, grid, predictions, baseline, settings)
         compositions: list[Trial] = []
@@ -322,7 +320,9 @@ def _lay_out(
 ) -> tuple[Encoded, Rules]:
     """Put the examples that choose in the order that stops a race soonest."""
     scores = None
-    if encoded.task.kind != "text" and settings.confidence is None:
+    # A short list against the unedited model hardly ever stops: on two of ten pairs, and late.
+    stops = settings.strategy != "guided" or settings.compose > 1
+    if stops and encoded.task.kind != "text" and settings.confidence is None:
         scores = assemble(encoded, _in_order(model, tokenizer, book, encoded, settings))
     strata = strata_of(encoded.count, scores, confidence=settings.confidence, seed=settings.seed)
     if strata is None:
@@ -345,20 +345,14 @@ def _in_order(
     return known
 
 
-def _predict(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, grid: Grid, settings: SearchSettings
-) -> tuple[Prediction, ...]:
+def _predict(model: nn.Module, encoded: Encoded, grid: Grid, settings: SearchSettings) -> tuple[Prediction, ...]:
     """Predict every edit from the first examples; nothing where no prediction is wanted or possible."""
     if settings.strategy == "exhaustive" or not settings.predictable:
         return ()
     # Smaller blocks than for scoring: the standard error is over blocks.
     batch_tokens = max(1, settings.batch_tokens // 4)
-    validation = encoded.task
-    if len(validation.examples) > GUIDED_EXAMPLES and settings.strategy == "race":
-        few = replace(validation, examples=validation.examples[:GUIDED_EXAMPLES])
-        few = prepare(model, tokenizer, few, **settings.encoding | {"batch_tokens": batch_tokens})
-    else:
-        few = rearrange(model, encoded, batch_tokens=batch_tokens)
+    most = GUIDED_EXAMPLES if settings.strategy == "race" else encoded.count
+    few = rearrange(model, right_answers(encoded, most), batch_tokens=batch_tokens)
     return predict(model, few, grid, guard=settings.guard)
 
 
@@ -417,17 +411,21 @@ def _plain(edit: Edit) -> dict[str, Any]:
     return edit.model_dump(mode="json")
 
 
-def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSettings) -> dict[str, Any]:
+def forecast(
+    model: nn.Module, tokenizer: Any, task: Task, settings: SearchSettings, *, workers: int = 1
+) -> dict[str, Any]:
     """Say what a search would do and how long it would take.
 
     Runs the unedited model once on the examples that choose and decomposes the smallest chosen matrix; the
-    rest is scaled from that. Time is that of one worker, and an upper bound: what a race will save is not known.
+    rest is scaled from that. An upper bound: what a race will save is not known. Several workers divide what they
+    share of it, each with its part of the threads.
 
     Args:
         model: As for `search`. Not modified.
         tokenizer: Its tokenizer.
         task: The examples.
         settings: As for `search`.
+        workers: As for `search`.
 
     Returns:
         Counts, forecast seconds, and bytes of the weights and of the prefix cache.
@@ -439,7 +437,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     validation, test = split(
         task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode(), threads_of_one(workers):
         encoded = prepare(model, tokenizer, validation, **settings.encoding)
         began = time.perf_counter()
         score(model, tokenizer, encoded, normalize=settings.normalize)
@@ -461,9 +459,12 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
     share = sum(len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid) / edits
     guided = settings.strategy == "guided"
     passes = share * (min(settings.shortlist, edits) if guided else edits)
-    passes += 3 * (settings.strategy != "exhaustive" and settings.predictable)  # forward and backward
+    # Forward and backward, in one process.
+    predicting = 3 * (settings.strategy != "exhaustive" and settings.predictable)
     # Proving takes three passes over the test examples: unedited, winner, random components.
     proving = len(test.examples) / len(validation.examples)
+    device = next(model.parameters()).device
+    at_once = min(workers, torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads())
     svd *= sum(svd_cost(matrix) for matrix, _ in grid) / svd_cost(smallest)
     config: Any = model.config
     token = config.get_text_config().hidden_size * next(model.parameters()).element_size()
@@ -473,7 +474,7 @@ def forecast(model: nn.Module, tokenizer: Any, task: Task, settings: SearchSetti
         "edits": edits,
         "validation_examples": encoded.count,
         "test_examples": len(test.examples),
-        "seconds": round(a_pass * (passes + 3 * proving) + svd, 1),
+        "seconds": round(a_pass * (predicting + (passes + 3 * proving) / at_once) + svd / at_once, 1),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "prefix_cache_bytes": cache if settings.cache_bytes is None else min(cache, settings.cache_bytes),
     }

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eckart.dataflow import example_inputs, low_rank_layers, trace
+from eckart.dataflow import Use, example_inputs, low_rank_layers, trace
 from eckart.errors import MatrixError
 
 ATTENTION_TYPES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "out_proj")
@@ -81,10 +81,23 @@ def find_matrices(model: nn.Module, inputs: dict[str, Any] | None = None) -> tup
     >>> [matrix.type for matrix in find_matrices(LlamaForCausalLM(config))]
     ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc_in', 'fc_up', 'fc_out']
     """
-    blocks = find_blocks(model)
-    traced = trace(model, [name for name, _, _ in blocks], inputs or example_inputs(model))
+    traced = trace(model, [name for name, _, _ in find_blocks(model)], inputs or example_inputs(model))
+    return matrices_used(model, traced)
+
+
+def matrices_used(model: nn.Module, traced: Mapping[str, Use]) -> tuple[Matrix, ...]:
+    """List the weight matrices of a model whose data flow is known; the weights themselves are not read.
+
+    Args:
+        model: Any model, on the meta device too. Not modified.
+        traced: What `eckart.dataflow.trace` found in it, or in a part of it with parameters of the same names. A
+            parameter that it lacks is used as one that differs in indices only, such as another layer's.
+
+    Returns:
+        As `find_matrices`.
+    """
     skipped = _embedding_parameters(model) | _factor_parameters(model)
-    places = {name: (stack, layer) for name, stack, layer in blocks}
+    places = {name: (stack, layer) for name, stack, layer in find_blocks(model)}
     parameters = dict(model.named_parameters())
     uses = {name: (use.transposed, use.parts, use.heads) for name, use in traced.items()}
 

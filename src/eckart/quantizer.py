@@ -259,6 +259,22 @@ def replace_(model: nn.Module, path: str, new: nn.Module | nn.Parameter) -> None
         setattr(holder, name, new)
 
 
+def empty_layer(stored: StoredLayer, *, bias: bool) -> Any:
+    """Build a linear layer as it is stored, on the meta device.
+
+    Args:
+        stored: Any storage but `experts`.
+        bias: Whether it has one.
+
+    Returns:
+        The layer; `load_state_dict(..., assign=True)` gives it its numbers.
+
+    Raises:
+        EckartError: The description does not fit together.
+    """
+    return _empty(stored, bias, {"device": "meta"})
+
+
 def _path_in(model: Any, name: str) -> str | None:
     """Where a layer is in this model, which may be the base of the model that was saved, or have it as its base."""
     prefix = f"{model.base_model_prefix}."

@@ -250,7 +250,7 @@ def run_apply(
 
 
 def forecast_search(
-    source: str, task: Task, settings: SearchSettings, *, device: str = "auto", dtype: str = "auto"
+    source: str, task: Task, settings: SearchSettings, *, device: str = "auto", dtype: str = "auto", workers: int = 1
 ) -> dict[str, Any]:
     """Say what a search would do and how long it would take, from one pass and one decomposition.
 
@@ -260,6 +260,7 @@ def forecast_search(
         settings: The search's settings.
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
+        workers: As for `eckart.search`.
 
     Returns:
         Edits, matrices, examples, forecast seconds, and bytes of weights and of the prefix cache.
@@ -269,7 +270,7 @@ def forecast_search(
     """
     model, tokenizer = load(source, device=device, dtype=dtype)
     check_finite(model)
-    return forecast(model, tokenizer, task, settings)
+    return forecast(model, tokenizer, task, settings, workers=workers)
 
 
 def _finish(out: Path, results: dict[str, Any]) -> None:

@@ -114,15 +114,33 @@ def prepare(model: nn.Module, tokenizer: Any, task: Task, **encoding: Any) -> En
     Raises:
         TaskError: The task does not fit the model or its tokenizer.
     """
+    return prepare_parts(model, tokenizer, (task,), **encoding)[0]
+
+
+def prepare_parts(model: nn.Module, tokenizer: Any, parts: Sequence[Task], **encoding: Any) -> list[Encoded]:
+    """Encode parts of one task in one layout, which is chosen for the first of them and checked once.
+
+    Args:
+        model: As for `prepare`.
+        tokenizer: Its tokenizer.
+        parts: At least one task, all of one kind.
+        **encoding: As for `prepare`.
+
+    Returns:
+        Each part in blocks.
+
+    Raises:
+        TaskError: As for `prepare`.
+    """
     kind = model_kind(model, tokenizer)
     start = getattr(model.config, "decoder_start_token_id", None) or 0
-    plain = encode(task, tokenizer, kind, context=context_length(model, tokenizer), decoder_start=start, **encoding)
-    plain = _on_device(model, plain)
-    for layout in worthwhile(plain):
-        shared = _on_device(model, arrange(plain, layout=layout))
-        if _same_likelihoods(model, shared, plain):
-            return shared
-    return plain
+    encoding = {"context": context_length(model, tokenizer), "decoder_start": start, **encoding}
+    plain = [encode(part, tokenizer, kind, **encoding) for part in parts]
+    for layout in worthwhile(plain[0]):
+        shared = [arrange(part, layout=layout) for part in plain]
+        if _same_likelihoods(model, shared):
+            return [_on_device(model, part) for part in shared]
+    return [_on_device(model, part) for part in plain]
 
 
 def rearrange(
@@ -164,17 +182,19 @@ def _moved(model: nn.Module, block: Block) -> Block:
     return block.mapped(move)
 
 
-def _same_likelihoods(model: nn.Module, shared: Encoded, plain: Encoded) -> bool:
-    """Check some neighbours and the longest example: does a layout give the plain one's scores?
+def _same_likelihoods(model: nn.Module, parts: Sequence[Encoded]) -> bool:
+    """Check some neighbours and the longest example: does the parts' layout give the plain one's scores?
 
     Models with sliding windows shorter than the prompt, ALiBi or other masks of their own do not.
     """
-    longest = max(range(plain.count), key=lambda index: max(len(s.row.ids) for s in plain.sequences[index]))
-    checked = sorted({longest, *shared.blocks[0].examples[:CHECKED]})
-    items = [plain.sequences[index] for index in checked]
+    shared = parts[0]
+    longest = max(
+        (item for part in parts for item in part.sequences), key=lambda item: max(len(s.row.ids) for s in item)
+    )
+    items = [longest, *(shared.sequences[index] for index in sorted(shared.blocks[0].examples[:CHECKED]))]
 
     def likelihoods(layout: Layout) -> dict[int, NDArray[Any]]:
-        blocks = lay_out(items, layout, kind=plain.model_kind, pad=plain.pad, batch_tokens=plain.batch_tokens)
+        blocks = lay_out(items, layout, kind=shared.model_kind, pad=shared.pad, batch_tokens=shared.batch_tokens)
         return _likelihoods(model, [_moved(model, block) for block in blocks])
 
     try:

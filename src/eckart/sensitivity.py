@@ -193,7 +193,8 @@ def _summed_loss(model: nn.Module, encoded: Encoded, block: Block) -> Tensor:
     weights = torch.zeros(sum(block.choices), device=logits.device)
     start = 0
     for index, choices in zip(block.examples, block.choices):
-        answer = encoded.task.examples[index].answer if encoded.task.kind == "choice" else 0
+        # Where only the right answer is there, it is the first.
+        answer = encoded.task.examples[index].answer if choices > 1 else 0
         assert isinstance(answer, int)
         weights[start + answer] = 1 / encoded.tokens[index]
         start += choices

@@ -32,7 +32,9 @@ from eckart.cli.program import (
 @app.command()
 def evaluate(
     model: Model,
-    task: Annotated[list[Path] | None, typer.Option(help="JSON Lines file; may be given again.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="JSON Lines file, lm-eval:NAME or counterfact; may be given again.")
+    ] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Text file for perplexity; may be given again.")] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="Plan to measure; may be given again.")] = None,
     out: Annotated[Path | None, typer.Option(help="New or empty folder for results and report.")] = None,
@@ -53,7 +55,8 @@ def evaluate(
     from eckart.recipe import Settings, make_settings
     from eckart.results import to_json
     from eckart.run import run_evaluate
-    from eckart.tasks import read_task, read_text
+    from eckart.sources import open_task
+    from eckart.tasks import read_text
 
     with reported(debug):
         if not task and not text:
@@ -67,7 +70,7 @@ def evaluate(
             "stride": stride,
         }
         settings = make_settings(Settings, given, recipe)
-        tasks = [read_task(path) for path in task or ()] + [read_text(path) for path in text or ()]
+        tasks = [open_task(name) for name in task or ()] + [read_text(path) for path in text or ()]
         results = run_evaluate(
             model,
             plan or [],

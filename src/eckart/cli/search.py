@@ -81,7 +81,7 @@ def demo(
 def search(
     model: Model,
     out: Out,
-    task: Annotated[Path | None, typer.Option(help="JSON Lines file with labelled examples.")] = None,
+    task: Annotated[str | None, typer.Option(help="JSON Lines file, lm-eval:NAME or counterfact.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text file, for people without labels.")] = None,
     objective: Annotated[str | None, typer.Option(help="Of --text: perplexity or agreement.")] = None,
     tolerance: Annotated[
@@ -129,7 +129,8 @@ def search(
     """Find the matrix whose cut helps most, and prove the gain."""
     from eckart.recipe import SearchSettings, make_settings
     from eckart.run import forecast_search
-    from eckart.tasks import read_task, read_text
+    from eckart.sources import open_task
+    from eckart.tasks import read_text
 
     with reported(debug, resume=True):
         if (task is None) == (text is None):
@@ -167,9 +168,10 @@ def search(
             "stride": stride,
         }
         settings = make_settings(SearchSettings, given, recipe)
-        examples_read = read_task(task) if task else read_text(text or "", passages=TEXT_EXAMPLES)
+        examples_read = open_task(task) if task else read_text(text or "", passages=TEXT_EXAMPLES)
         if dry_run:
-            _print_forecast(forecast_search(model, examples_read, settings, device=device, dtype=dtype), json)
+            forecast = forecast_search(model, examples_read, settings, device=device, dtype=dtype, workers=workers)
+            _print_forecast(forecast, json)
             return
         found = _search(
             model, examples_read, out, settings, json=json, device=device, dtype=dtype, workers=workers, ray=ray

@@ -11,7 +11,8 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
-    {"truncation", "results", "layout"},
+    {"truncation", "results", "layout", "onnx_graph"},
+    {"onnx_runner"},
     {"clustering", "spectrum", "noise"},
     {"linear"},
     {"experts"},
@@ -32,6 +33,8 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
+    {"peft_adapter"},
+    {"exporting"},
     {"run"},
     {"cli"},
 ]
@@ -97,6 +100,14 @@ def test_the_command_line_starts_without_torch():
     for path in (SOURCE / "cli").glob("*.py"):
         assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY_IN_CLI
     script = "import sys, eckart.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_device_needs_neither_torch_nor_transformers_to_run_an_exported_model():
+    script = (
+        "import sys, eckart, eckart.onnx_runner, eckart.onnx_graph, eckart.cli.run;"
+        "sys.exit(bool({'torch', 'transformers', 'pydantic', 'onnx'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -163,7 +163,7 @@ def pack(rows: NDArray[np.float32], bits: int, block: int) -> tuple[NDArray[np.u
     scales = np.zeros((count, blocks), np.float32)
     zeros = np.zeros((count, -(-blocks * bits // 8)), np.uint8)
     quantize = native.quantize_matmul_4bits if bits == 4 else native.quantize_matmul_8bits
-    quantize(packed, columns, scales, zeros, block, count, entries, True)
+    quantize(packed, columns, scales, zeros, block, count, blocks * block, True)
     return packed, scales
 
 

@@ -27,7 +27,7 @@ def tidy_(graph: Any) -> None:
         graph: A `GraphProto`. Modified. A weight that is read in another place, too (a tied embedding), is kept once,
             as it is, and turned when the file is opened.
     """
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
 
     graph.doc_string = ""
     del graph.metadata_props[:], graph.value_info[:]
@@ -46,7 +46,18 @@ def tidy_(graph: Any) -> None:
     for node in kept:
         for index, name in enumerate(node.input):
             node.input[index] = turned.get(name, name)
-    _set_nodes(graph, kept)
+    # The exporter turns small weights itself, and so holds a tied one twice.
+    tables = {node.input[0] for node in kept if node.op_type == "Gather" and node.input[1] == "input_ids"} & held.keys()
+    again: dict[str, Any] = {}
+    for name in sorted(tables):
+        table = numpy_helper.to_array(held[name])
+        for node in [node for node in kept if node.op_type == "MatMul"]:
+            other = held.get(node.input[1])
+            same = other is not None and tuple(other.dims) == table.shape[::-1]
+            if same and np.array_equal(numpy_helper.to_array(other).T, table):
+                again[name] = helper.make_node("Transpose", [name], [f"{name}.turned"], perm=[1, 0])
+                node.input[1] = f"{name}.turned"
+    _set_nodes(graph, [*again.values(), *kept])
 
 
 def quantize_(model: Any, how: Quantize) -> None:

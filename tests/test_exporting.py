@@ -370,3 +370,20 @@ def test_other_causal_models_are_exported_or_refused(name, tmp_path, may_refuse)
     with may_refuse(ModelError, "ONNX"):
         found = export_onnx(tiny_models.build(name).float(), tiny_models.tokenizer(), tmp_path / "out")
         assert found.agreement.value == 1.0
+
+
+def test_torchao_takes_the_factors_for_linear_layers(factored_folder):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, _ = load(str(factored_folder))
+    ids = torch.arange(5, 15)[None]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        quantize_(model, Int8WeightOnlyConfig())
+        found = model(ids).logits
+    layers = [layer for layer in model.modules() if isinstance(layer, (FactoredLinear, PivotedLinear))]
+    assert layers
+    for layer in layers:
+        assert {type(layer.down.weight), type(layer.up.weight)}.isdisjoint({torch.Tensor, torch.nn.Parameter})
+    assert 0 < (found - expected).abs().mean() <= 0.05 * expected.abs().mean()

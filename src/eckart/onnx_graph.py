@@ -53,8 +53,9 @@ def tidy_(graph: Any) -> None:
         table = numpy_helper.to_array(held[name])
         for node in [node for node in kept if node.op_type == "MatMul"]:
             other = held.get(node.input[1])
-            same = other is not None and tuple(other.dims) == table.shape[::-1]
-            if same and np.array_equal(numpy_helper.to_array(other).T, table):
+            if other is None or tuple(other.dims) != table.shape[::-1]:
+                continue
+            if np.array_equal(numpy_helper.to_array(other).T, table):
                 again[name] = helper.make_node("Transpose", [name], [f"{name}.turned"], perm=[1, 0])
                 node.input[1] = f"{name}.turned"
     _set_nodes(graph, [*again.values(), *kept])

@@ -40,7 +40,7 @@ OPTIONS = {
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
         "--controls", "--no-controls", "--shots",
     },
-    "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force"},
+    "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
     "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},
     "report": {"run", "--debug"},
 }  # fmt: skip

@@ -23,6 +23,7 @@ LAYERS = [
     {"factoring"},
     {"prefix", "recipe", "sources"},
     {"scoring", "checkpoint", "report"},
+    {"resources"},
     {"skeleton"},
     {"shards"},
     {"ledger"},

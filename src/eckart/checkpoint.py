@@ -207,14 +207,7 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} has no config.json. A model folder is as `save_pretrained` writes it. Check the path."
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is damaged: {error}. It maps weights to shards. Download it again.") from None
-    else:
-        shards = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    shards = _shards(folder)
     if not shards:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         if pickles:
@@ -228,7 +221,41 @@ def check_folder(folder: Path) -> None:
             "Download it again."
         )
     for shard in shards:
-        check_safetensors(folder / str(shard))
+        check_safetensors(folder / shard)
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files that hold the weights; none where there is no safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    try:
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error}. It maps weights to shards. Download it again.") from None
+
+
+def shards_of(source: str) -> list[Path]:
+    """List the safetensors files of a model.
+
+    Args:
+        source: As for `load`; a hub id must have been loaded before.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ModelError: There is no such folder, or its index is damaged.
+    """
+    name, local = resolve(source)
+    folder = Path(name)
+    if not local:
+        from transformers.utils.hub import cached_file
+
+        config = cached_file(name, "config.json", local_files_only=True)
+        assert config is not None, "it was loaded"
+        folder = Path(config).parent
+    return [folder / shard for shard in _shards(folder)]
 
 
 def _has_adapter(source: str) -> ModelError:

@@ -392,8 +392,8 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U: Shape (out, r), r <= out, independent columns. Not modified.
 
     Returns:
-        The r chosen rows and the others, as int64 indices, and the float64 coefficients, shape (out - r, r), with
-        `U[others] = coefficients @ U[chosen]`; all on the device of `U`.
+        The r chosen rows and the others, as ascending int64 indices, and the float64 coefficients, shape
+        (out - r, r), with `U[others] = coefficients @ U[chosen]`; all on the device of `U`.
 
     Source:
         Goreinov et al. 2010, "How to find a good submatrix" (maxvol), doi:10.1142/9789812836021_0015.
@@ -422,6 +422,8 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left[row] += 1
         right[column] -= 1
         coefficients.addr_(left, right / pivot, alpha=-1)
+    # In ascending order, so that a layer's outputs are put in order by reading each part once from front to back.
+    chosen, others = chosen.sort().values, others.sort().values
     # Once more, since rounding errors of the updates add up.
     return chosen, others, torch.linalg.solve(U[chosen], U[others], left=False)
 

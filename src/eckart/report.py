@@ -166,7 +166,7 @@ def _search_page(results: Json) -> Json:
     edits, select = best["edits"], _selected(results)
     trials = results["grid"]
     singles = [trial | {"edits": [trial["edit"]]} for trial in trials]
-    plots = _plots(trials, baseline["validation"], edits, results.get("spectrum"))
+    plots = _plots(trials, baseline["validation"], edits, results.get("spectrum"), _predicted(results))
     return {
         "title": f"{results['task']['name']} on {_model_name(results['model'])}",
         "verdict": _verdict(results),
@@ -209,9 +209,40 @@ def _evaluate_page(results: Json) -> Json:
         "tasks": tasks,
         "table": [(plan, [cell(plan, task) for task in tasks]) for plan in plans],
         "compared": "none" in plans and len(plans) > 1,
+        "speed": _paces(results.get("speed") or {}),
+        "run": results.get("speed") or {},
+        "memory": _takings(results.get("memory") or {}),
         "plots": None,
         "plotly": "",
     }
+
+
+def _paces(speed: Json) -> list[tuple[str, ...]]:
+    """Rows of the table of speeds: plan, batch, phase, tokens a second, ratio to the dense model, what it could be."""
+    rows = []
+    for row in speed.get("rows") or []:
+        for phase in ("prefill", "decode"):
+            pace = row[phase]
+            if pace:
+                ratio = pace["ratio"]
+                span = f"{ratio['value']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+                limit = f"{pace['limit']:.2f} by {pace['limited_by']}"
+                tokens = _measurement(pace["tokens_per_second"])
+                rows.append((_side(row["side"]), str(row["batch"]), phase, tokens, span, limit))
+    return rows
+
+
+def _takings(memory: Json) -> list[tuple[str, ...]]:
+    """Rows of the table of memory: plan, on disk, parameters, most in memory, libraries."""
+    rows = []
+    for row in memory.get("rows") or []:
+        process = (row[name]["value"] for name in ("peak", "interpreter"))
+        rows.append((_side(row["side"]), *map(_bytes, (row["disk"], row["parameters"], *process))))
+    return rows
+
+
+def _side(name: str) -> str:
+    return "unedited" if name == "none" else name
 
 
 PAGES = {
@@ -585,8 +616,10 @@ def _ending(text: str, characters: int) -> str:
 # Plots: what the script in the template draws.
 
 
-def _plots(trials: list[Json], baseline: Json, winner: list[Json], spectrum: Json | None) -> Json | None:
-    """Data of the heat map, the lines and the spectrum, every text made safe for plotly."""
+def _plots(
+    trials: list[Json], baseline: Json, winner: list[Json], spectrum: Json | None, predicted: Json | None
+) -> Json | None:
+    """Data of the heat map, the lines, the predictions and the spectrum, every text made safe for plotly."""
     if not trials:
         return None
     metrics = [name for name in JUDGED if name in baseline and name in trials[0]["validation"]]
@@ -631,6 +664,7 @@ def _plots(trials: list[Json], baseline: Json, winner: list[Json], spectrum: Jso
         "stopped": len(whole) < len(trials),
         "start": at[0][2] if len({rho for _, _, rho in at}) == 1 else len(rhos),
         "spectrum": _spectrum(spectrum, winner),
+        "predicted": predicted,
     }
 
 
@@ -683,6 +717,29 @@ def _limit(trials: list[Json], baseline: Json, metric: str) -> float:
     values = (trial["validation"].get(metric, {}).get("value") for trial in trials)
     gains = [sign * (value - start) for value in values if _finite(value) and _finite(start)]
     return max([1e-6, *gains, statistics.median(map(abs, gains))] if gains else [1e-6])
+
+
+def _predicted(results: Json) -> Json | None:
+    """Predicted and measured changes of the loss, where a guided search measured at least three edits to the end."""
+    before = results["baseline"]["validation"].get("loss")
+    if (results.get("recipe") or {}).get("strategy") != "guided" or not before:
+        return None
+    predictions = results.get("predictions") or []
+    expected = {json.dumps(p["edit"], sort_keys=True): p["loss_change"]["value"] for p in predictions}
+    points = []
+    for trial in results["grid"]:
+        edit, after = trial["edit"], trial["validation"].get("loss")
+        change = expected.get(json.dumps(edit, sort_keys=True))
+        if trial["stopped"] or not after or not _finite(change) or not _finite(after["value"]):
+            continue
+        name = f"{_where(edit)}{_how(edit)}"
+        points.append({"name": plot_text(name), "predicted": change, "measured": after["value"] - before["value"]})
+    if len(points) < 3:
+        return None
+    from scipy import stats
+
+    found = stats.spearmanr([p["predicted"] for p in points], [p["measured"] for p in points]).statistic
+    return {"points": points, "correlation": _signed(float(found), 2) if _finite(float(found)) else ""}
 
 
 def _spectrum(spectrum: Json | None, edits: list[Json]) -> Json | None:

@@ -27,7 +27,7 @@ from eckart.peft_adapter import export_adapter
 from eckart.plan import MadeBy, Plan, PlannedModel, write_plan
 from eckart.surgery import applied, make_edit, weights_sha256
 
-PROMPT = "the ant and the bee lives in"
+WORDS = "the ant and a bee lives in the house of dog yes red colour is no cat field".split()  # noqa: SIM905
 
 
 def plan_for(model, rhos, source="tiny"):
@@ -102,7 +102,7 @@ def test_an_exported_model_continues_as_pytorch_does(exported):
 def test_onnxruntime_genai_continues_text_as_pytorch_does(exported_llama, factored_folder):
     genai = pytest.importorskip("onnxruntime_genai")
     folder, model = exported_llama
-    ids = transformers.AutoTokenizer.from_pretrained(factored_folder)(PROMPT).input_ids
+    ids = transformers.AutoTokenizer.from_pretrained(factored_folder)(" ".join(WORDS[:6])).input_ids
     theirs = genai.Model(str(folder))
     parameters = genai.GeneratorParams(theirs)
     parameters.set_search_options(max_length=len(ids) + 12, do_sample=False)
@@ -160,7 +160,7 @@ def test_factors_stay_factors_in_the_file(exported_llama):
     graph = onnx.load(folder / "model.onnx").graph
     stored = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer if tensor.data_type == 1)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert numbers <= stored <= 1.01 * numbers + 50  # nothing multiplied out, no tied weight twice
+    assert 0.9 * numbers <= stored <= numbers + 50  # nothing multiplied out, no tied weight twice
     # The order of a pivoted layer's rows is a constant of one axis.
     assert not any(node.op_type == "GatherElements" for node in graph.node)
 
@@ -233,7 +233,7 @@ import importlib.abc, sys
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "safetensors", "pydantic", "yaml", "scipy", "onnx"}:
+        if name.split(".")[0] in {"torch", "transformers", "safetensors", "yaml", "scipy", "onnx"}:
             raise ImportError(f"{name} is not on this device")
 
 sys.meta_path.insert(0, Blocker())
@@ -250,15 +250,19 @@ def run_without_torch(*arguments):
 def test_a_device_without_torch_generates_what_pytorch_does(exported_llama, factored_folder):
     folder, model = exported_llama
     tokenizer = transformers.AutoTokenizer.from_pretrained(factored_folder)
-    ids = tokenizer(PROMPT).input_ids
+    prompts = [" ".join(WORDS[start : start + 5]) for start in range(12)]
+    # Random weights end some texts at once.
+    prompt = max(prompts, key=lambda each: len(greedy(model, tokenizer(each).input_ids, 10)))
+    ids = tokenizer(prompt).input_ids
+    assert len(greedy(model, ids, 10)) > 3
     expected = tokenizer.decode([*ids, *greedy(model, ids, 10)])[len(tokenizer.decode(ids)) :]
-    result = run_without_torch("run", folder, "--prompt", PROMPT, "--tokens", 10, "--json", "--threads", 1)
+    result = run_without_torch("run", folder, "--prompt", prompt, "--tokens", 10, "--json", "--threads", 1)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["text"] == expected
     assert found["prompt_tokens"] == len(ids)
     assert found["new_tokens"] == len(greedy(model, ids, 10))
-    shown = run_without_torch("run", folder / "model.onnx", "--prompt", PROMPT, "--tokens", 10, "--threads", 1)
+    shown = run_without_torch("run", folder / "model.onnx", "--prompt", prompt, "--tokens", 10, "--threads", 1)
     assert shown.stdout == expected + "\n"
     assert "generated" in shown.stderr
 
@@ -281,6 +285,7 @@ def test_gguf_writes_the_dense_folder_and_says_what_is_lost(factored_folder, tmp
     assert (tmp_path / "for gguf" / "model.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_stock_peft_makes_the_edited_model_of_an_adapter(name, tmp_path):
     peft = pytest.importorskip("peft")

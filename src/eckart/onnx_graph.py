@@ -47,7 +47,7 @@ def tidy_(graph: Any) -> None:
         for index, name in enumerate(node.input):
             node.input[index] = turned.get(name, name)
     # The exporter turns small weights itself, and so holds a tied one twice.
-    tables = {node.input[0] for node in kept if node.op_type == "Gather" and node.input[1] == "input_ids"} & held.keys()
+    tables = _tables(kept) & held.keys()
     again: dict[str, Any] = {}
     for name in sorted(tables):
         table = numpy_helper.to_array(held[name])
@@ -81,7 +81,7 @@ def quantize_(model: Any, how: Quantize) -> None:
     turned = {
         node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in held
     }
-    tables = {node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids"}
+    tables = _tables(graph.node)
     stored: dict[str, tuple[int, int]] = {}
 
     def store(name: str, rows: NDArray[np.float32], bits: int) -> tuple[int, int] | None:
@@ -98,23 +98,31 @@ def quantize_(model: Any, how: Quantize) -> None:
     nodes = []
     for node in graph.node:
         made = []
-        source = node.input[1] if node.op_type == "MatMul" else node.input[0] if node.op_type == "Gather" else ""
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        plain = all(given.get(name, 1.0) == 1.0 for name in ("alpha", "beta")) and not given.get("transA", 0)
+        product = node.op_type == "MatMul" or (node.op_type == "Gemm" and plain)
+        source = node.input[1] if product else node.input[0] if node.op_type == "Gather" else ""
         name = turned.get(source, source)
         tensor = held.get(name)
         # Of a table only the rows are stored, which is what a look-up and a turned product read.
-        fits = name in tables if node.op_type == "Gather" else source in turned or name not in tables
+        as_rows = not product or source in turned or bool(given.get("transB", 0))
+        fits = as_rows or name not in tables if product else name in tables
         if tensor is not None and len(tensor.dims) == 2 and fits:
             array = numpy_helper.to_array(tensor)
-            rows = array.T if node.op_type == "MatMul" and source not in turned else array
+            rows = array if as_rows else array.T
             bits = 8 if name in tables else BITS[how]
             format_ = store(name, rows, bits) if array.dtype == np.float32 and array.size else None
             if format_ is not None:
                 attributes: dict[str, Any] = {"bits": format_[0], "block_size": format_[1]}
                 integers, scales = f"{name}.integers", f"{name}.scales"
-                if node.op_type == "MatMul":
+                if product:
                     attributes |= {"K": rows.shape[1], "N": rows.shape[0], "accuracy_level": 4}
                     inputs = [node.input[0], integers, scales]
-                    made = [helper.make_node("MatMulNBits", inputs, node.output, domain=CONTRIB, **attributes)]
+                    biased = len(node.input) > 2
+                    outputs = [f"{node.output[0]}.product"] if biased else node.output
+                    made = [helper.make_node("MatMulNBits", inputs, outputs, domain=CONTRIB, **attributes)]
+                    if biased:
+                        made.append(helper.make_node("Add", [outputs[0], node.input[2]], node.output))
                 else:
                     attributes |= {"gather_axis": 0, "quantize_axis": 1}
                     # The product wants (rows, blocks, block), the look-up (rows, entries).
@@ -130,6 +138,15 @@ def quantize_(model: Any, how: Quantize) -> None:
     _set_nodes(graph, nodes)
     if CONTRIB not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+
+
+def _tables(nodes: Sequence[Any]) -> set[str]:
+    """The names of what is looked up by token."""
+    tokens = {"input_ids"}
+    for node in nodes:
+        if node.op_type in ("Reshape", "Cast", "Identity") and node.input[0] in tokens:
+            tokens.add(node.output[0])
+    return {node.input[0] for node in nodes if node.op_type == "Gather" and node.input[1] in tokens}
 
 
 def choose_block(entries: int, lengths: Sequence[int], bits: int) -> int:

@@ -11,9 +11,14 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
+<<<<<<< HEAD
     {"truncation", "results", "layout", "onnx_graph"},
     {"onnx_runner"},
     {"clustering", "spectrum", "noise"},
+=======
+    {"truncation", "results", "layout", "allocate"},
+    {"clustering", "spectrum", "noise", "weighting"},
+>>>>>>> main
     {"linear"},
     {"experts"},
     {"dataflow"},
@@ -27,16 +32,22 @@ LAYERS = [
     {"skeleton"},
     {"shards"},
     {"ledger"},
-    {"race", "sensitivity", "controls"},
+    {"race", "sensitivity", "controls", "calibration"},
+    {"propagation"},
+    {"compression"},
     {"sweep"},
     {"crew"},
     {"cluster", "processes"},
     {"driver"},
     {"composition", "proof"},
     {"laser"},
+<<<<<<< HEAD
     {"peft_adapter"},
     {"exporting"},
     {"run"},
+=======
+    {"run", "compression_run"},
+>>>>>>> main
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

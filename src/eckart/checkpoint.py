@@ -104,6 +104,23 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     return model.to(where).eval()
 
 
+def stored_dtype(source: str, model: Any) -> torch.dtype:
+    """Tell in which dtype a model lies in its files.
+
+    Args:
+        source: Where it was loaded from.
+        model: As loaded.
+
+    Returns:
+        What the config says, or the model's own where it says nothing.
+    """
+    name, local = resolve(source)
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    found = getattr(config, "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else model.dtype
+
+
 def load_tokenizer(source: str) -> Any:
     """Load a model's tokenizer.
 
@@ -493,6 +510,10 @@ def model_card(plan: Plan, model: nn.Module | None = None) -> str:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     size = _size_lines(model, config) if model is not None and isinstance(config, LowRankConfig) else []
     command = shlex.join(["eckart", "apply", plan.model.source, "plan.json", *([] if size else ["--dense"])])
+    if any(edit.weighting != "none" for edit in plan.edits):
+        # The factors depend on a calibration text, which the plan does not hold.
+        command = shlex.join(["eckart", "compress", plan.model.source, "--recipe", "recipe.yaml", "--calibration"])
+        command += " TEXT"
     return "\n".join(
         [
             "---",

@@ -19,6 +19,9 @@ AGREEMENT_POSITIONS = 32
 """Tokens of a window at which predictions are compared."""
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
+Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
+Allocate = Literal["auto", "uniform", "tail", "measured"]
+
 
 class Settings(BaseModel):
     """What every verb that scores a task can be told."""
@@ -162,6 +165,39 @@ class SearchSettings(Settings):
         if svd == "lowrank" and info.data.get("basis") != "top":
             raise ValueError("it has no basis but 'top'")
         return svd
+
+
+class CompressSettings(Settings):
+    """What a compression can be told."""
+
+    ratio: float | None = Field(default=None, gt=0, lt=1, description="kept fraction of the numbers of the matrices")
+    bytes: int | None = Field(default=None, ge=1, description="of the whole model, in place of a ratio")
+    method: Method = Field(default="propagated", description="metric in which every matrix is cut")
+    allocate: Allocate = Field(default="auto", description="how the budget is divided among matrices")
+    storage: Literal["pivoted", "factored"] = Field(default="pivoted", description="how a cut matrix is stored")
+    windows: int = Field(default=64, ge=1, description="windows of the calibration text that are read")
+    measured: int = Field(default=8, ge=1, description="of these, windows on which divergence is measured")
+    types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
+    floor: float = Field(default=0.3, ge=0, le=1, description="share of its uniform budget that every matrix gets")
+    multiple: int = Field(default=1, ge=1, description="ranks are multiples of it")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="power of the mean |x| in method 'asvd'")
+    input_shrinkage: float = Field(default=0.1, ge=0, le=1, description="share of the identity in the inputs' metric")
+    output_shrinkage: float = Field(default=0.3, ge=0, le=1, description="the same for the outputs' metric")
+    propagation: float = Field(
+        default=1.0, ge=0, le=1, description="aim of 'propagated': 0 outputs at the inputs it gets, 1 original outputs"
+    )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> CompressSettings:
+        if (self.ratio is None) == (self.bytes is None):
+            raise ValueError("give a ratio or bytes, and not both")
+        return self
+
+    @field_validator("types")
+    @classmethod
+    def _known_types(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        expand_types(types)
+        return types
 
 
 S = TypeVar("S", bound=Settings)

@@ -217,6 +217,41 @@ def _evaluate_page(results: Json) -> Json:
     }
 
 
+def _compress_page(results: Json) -> Json:
+    """What the report of a compression shows: size and quality before and after, and who got which rank."""
+    before, after = results["size"]["before"], results["size"]["after"]
+    rows = []
+    for row in results["quality"]:
+        for name, value in _in_order(row["after"]):
+            old = row["before"].get(name)
+            rows.append(
+                {"text": row["name"], "metric": name, "before": old, "after": value, "change": _change(old, value)}
+            )
+    types = [kind for kind in (*TYPES, "other") if any(m["type"] == kind for m in results["matrices"])]
+    layers: dict[Any, dict[str, str]] = {}
+    for matrix in results["matrices"]:
+        where = OUTSIDE if matrix["layer"] is None else matrix["layer"]
+        largest = min(matrix["shape"])
+        text = "dense" if matrix["rank"] == largest else f"{matrix['rank']} of {largest}"
+        layers.setdefault(where, {})[matrix["type"]] = text
+    budget = results["budget"]
+    return {
+        "title": f"{_model_name(results['model'])}, compressed",
+        "verdict": (
+            f"The model takes {_count(after['bytes'])} bytes instead of {_count(before['bytes'])} "
+            f"({100 * after['bytes'] / before['bytes']:.1f} %), its matrices "
+            f"{100 * budget['spent'] / budget['dense']:.1f} % of their {budget['unit']}."
+        ),
+        "rows": rows,
+        "allocations": results["allocations"],
+        "types": types,
+        "layers": [(layer, [found.get(kind, DASH) for kind in types]) for layer, found in layers.items()],
+        "roots": ", ".join(f"{how} ({count})" for how, count in sorted(results["roots"].items())),
+        "plots": None,
+        "plotly": "",
+    }
+
+
 def _paces(speed: Json) -> list[tuple[str, ...]]:
     """Rows of the table of speeds: plan, batch, phase, tokens a second, ratio to the dense model, what it could be."""
     rows = []
@@ -246,6 +281,7 @@ def _side(name: str) -> str:
 
 
 PAGES = {
+    "compress": (_compress_page, "compress.html.j2"),
     "search": (_search_page, "report.html.j2"),
     "evaluate": (_evaluate_page, "report.html.j2"),
 }

@@ -11,14 +11,9 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
-<<<<<<< HEAD
-    {"truncation", "results", "layout", "onnx_graph"},
+    {"truncation", "results", "layout", "allocate", "onnx_graph"},
     {"onnx_runner"},
-    {"clustering", "spectrum", "noise"},
-=======
-    {"truncation", "results", "layout", "allocate"},
     {"clustering", "spectrum", "noise", "weighting"},
->>>>>>> main
     {"linear"},
     {"experts"},
     {"dataflow"},
@@ -41,13 +36,9 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-<<<<<<< HEAD
     {"peft_adapter"},
     {"exporting"},
-    {"run"},
-=======
     {"run", "compression_run"},
->>>>>>> main
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

@@ -11,13 +11,14 @@ SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
     {"errors", "registration"},
-    {"truncation", "results", "layout", "allocate", "onnx_graph"},
-    {"onnx_runner"},
+    {"truncation", "results", "layout", "allocate"},
     {"clustering", "spectrum", "noise", "weighting"},
+    {"onnx_graph", "onnx_runner"},
     {"linear"},
     {"experts"},
     {"dataflow"},
     {"quantizer"},
+    {"portable", "vllm_plugin"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
     {"factoring"},
@@ -26,6 +27,7 @@ LAYERS = [
     {"resources"},
     {"skeleton"},
     {"shards"},
+    {"peft_adapter", "exporting"},
     {"ledger"},
     {"race", "sensitivity", "controls", "calibration"},
     {"propagation"},
@@ -36,9 +38,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"peft_adapter"},
-    {"exporting"},
-    {"run", "compression_run"},
+    {"run", "server", "compression_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

@@ -272,6 +272,7 @@ def run_apply(
     dtype: str = "stored",
     force: bool = False,
     dense: bool = False,
+    portable: bool = False,
 ) -> tuple[Path, Factoring | None]:
     """Write the model that a plan describes to `out/model`.
 
@@ -286,6 +287,7 @@ def run_apply(
         dtype: As for `eckart.load`.
         force: Accept a plan made for other weights.
         dense: Write dense weights, which plain transformers loads; layers that were low-rank before are multiplied out.
+        portable: As for `eckart.save`; without meaning where all is dense.
 
     Returns:
         The model's folder, and what became of the edited weights unless all are dense.
@@ -299,11 +301,11 @@ def run_apply(
     model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
-    return _write_applied(model, plan, folder, tokenizer, force=force, dense=dense)
+    return _write_applied(model, plan, folder, tokenizer, force=force, dense=dense, portable=portable)
 
 
 def _write_applied(
-    model: Any, plan: Plan, folder: Path, tokenizer: Any, *, force: bool, dense: bool
+    model: Any, plan: Plan, folder: Path, tokenizer: Any, *, force: bool, dense: bool, portable: bool = False
 ) -> tuple[Path, Factoring | None]:
     if dense:
         apply_(model, plan, force=force)
@@ -312,7 +314,7 @@ def _write_applied(
         return save(model, folder, tokenizer, plan), None
     with temporary_folder(folder) as spill:
         factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
-        return save(model, folder, tokenizer, plan), factoring
+        return save(model, folder, tokenizer, plan, portable=portable), factoring
 
 
 def forecast_search(

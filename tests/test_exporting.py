@@ -293,7 +293,7 @@ def test_stock_peft_makes_the_edited_model_of_an_adapter(name, tmp_path):
     plan = plan_for(model, [0.9, 0.95])
     found = export_adapter(model, plan, tmp_path / "adapter")
     assert not found.pointless
-    assert max(found.ranks.values()) <= 8  # what the cuts removed, of parts of fused weights together
+    assert max(found.ranks.values()) <= 12  # what the cuts removed, of parts of fused weights together
     with applied(model, plan), torch.inference_mode():
         expected = model(ids).logits
         unedited = tiny_models.build(name).float()(ids).logits

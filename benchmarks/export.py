@@ -34,7 +34,7 @@ WEIGHTS = {"none": "fp32", "int8": "int8", "int4": "int4"}
 
 # Reads a prompt, then decodes; peak memory is that of the whole process.
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from eckart.onnx_runner import open_model, step
 import numpy as np
 folder, prompt, tokens, threads = sys.argv[1], *map(int, sys.argv[2:])
@@ -54,7 +54,8 @@ for _ in range(tokens):
     seconds.append(time.perf_counter() - began)
 print(json.dumps({
     "decode_seconds": float(np.median(seconds)), "prompt_seconds": read, "open_seconds": opened,
-    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    # Not getrusage, whose peak is also that of the process it was forked from.
+    "peak_bytes": 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]),
     "imported": sorted({"torch", "transformers", "onnx"} & sys.modules.keys()),
 }))
 """

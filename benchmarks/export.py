@@ -139,7 +139,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             row[f"speed_over_{base}"] = spread(ratios)
             row[f"bytes_over_{base}"] = facts["bytes"] / files[base]["bytes"]
         rows.append(row)
-    return {"kind": "export", "options": vars(options), "rows": rows, "turns": turns, **circumstances()}
+    kept = {name: value for name, value in vars(options).items() if name not in ("out", "table")}
+    return {"kind": "export", "options": kept, "rows": rows, "turns": turns, **circumstances()}
 
 
 def table(found: dict[str, Any]) -> str:

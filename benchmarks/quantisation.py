@@ -96,7 +96,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         row["tokens_per_second"] = median(1 / turn[place] for turn in turns)
         row["speed_over_dense_fp32"] = median(turn["dense-fp32"] / turn[place] for turn in turns)
         row["loss_over_dense_int8"] = paired_gain(scores["dense-int8"], scores[place], "nats/token")
-    return {"kind": "quantisation", "options": vars(options), "rows": rows, **circumstances()}
+    # Names, not the places of this machine.
+    named = {"model": Path(options.model).name, "text": options.text.name, "folder": sorted(sources)}
+    about = circumstances()
+    about["command"] = " ".join(word.rpartition("/")[2] for word in about["command"].split())
+    return {"kind": "quantisation", "options": vars(options) | named, "rows": rows, **about}
 
 
 def table(found: dict[str, Any]) -> str:

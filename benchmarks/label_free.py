@@ -109,8 +109,10 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=300, help="of the task")
     options = parser.parse_args()
     if not options.table:
-        rows = [row for case in CASES for row in measure(*case, options)]
-        RESULTS.write_text(to_json({"rows": rows, "environment": environment()}), encoding="utf-8")
+        rows = []
+        for case in CASES:
+            rows += measure(*case, options)
+            RESULTS.write_text(to_json({"rows": rows, "environment": environment()}), encoding="utf-8")
     print(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]))
 
 

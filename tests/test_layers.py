@@ -24,15 +24,18 @@ LAYERS = [
     {"scoring", "checkpoint", "report"},
     {"skeleton"},
     {"shards"},
+    {"spectra", "inspection_report", "unfreezing"},
     {"ledger"},
     {"race", "sensitivity", "controls"},
     {"sweep"},
+    {"importance", "dynamics"},
     {"crew"},
     {"cluster", "processes"},
     {"driver"},
     {"composition", "proof"},
     {"laser"},
     {"run"},
+    {"inspection"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

@@ -32,7 +32,11 @@ _HOMES = {
     "Plan": "plan",
     "read_plan": "plan",
     "write_plan": "plan",
+    "InspectSettings": "recipe",
     "SearchSettings": "recipe",
+    "SpectrumCallback": "dynamics",
+    "run_inspect": "inspection",
+    "read_inspection": "spectra",
     "write_report": "report",
     "Measurement": "results",
     "SearchResult": "laser",
@@ -53,9 +57,11 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from eckart.checkpoint import load as load
     from eckart.checkpoint import save as save
+    from eckart.dynamics import SpectrumCallback as SpectrumCallback
     from eckart.errors import EckartError as EckartError
     from eckart.factoring import Factoring as Factoring
     from eckart.factoring import factor_ as factor_
+    from eckart.inspection import run_inspect as run_inspect
     from eckart.laser import SearchResult as SearchResult
     from eckart.laser import search as search
     from eckart.matrices import Matrix as Matrix
@@ -68,11 +74,13 @@ if TYPE_CHECKING:
     from eckart.plan import Plan as Plan
     from eckart.plan import read_plan as read_plan
     from eckart.plan import write_plan as write_plan
+    from eckart.recipe import InspectSettings as InspectSettings
     from eckart.recipe import SearchSettings as SearchSettings
     from eckart.report import write_report as write_report
     from eckart.results import Measurement as Measurement
     from eckart.scoring import evaluate as evaluate
     from eckart.sources import open_task as open_task
+    from eckart.spectra import read_inspection as read_inspection
     from eckart.surgery import applied as applied
     from eckart.surgery import apply_ as apply_
     from eckart.surgery import check_plan as check_plan

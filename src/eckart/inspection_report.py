@@ -305,11 +305,12 @@ def _plots(results: Json) -> Json:
         "types": [plot_text(kind) for kind in types],
         "rows": [plot_text(_place_name(place, places)) for place in places],
         "values": {name: {"cells": grid, **_scale(grid, MEASURES[name][2])} for name, grid in cells.items()},
+        "order": list(cells),
         "labels": {name: MEASURES[name][0] for name in cells},
         "meanings": {name: MEASURES[name][1] for name in cells},
         "spectra": [_spectrum(row) for row in plots_rows(rows)],
         "where": [[places.index(_place(row)), types.index(row["type"])] for row in plots_rows(rows)],
-        "rules": {rule: RULES[rule] for rule in noise.EDGES},
+        "rules": [[rule, label] for rule, label in RULES.items() if rule in noise.EDGES],
         "start": max(range(len(plots_rows(rows))), key=lambda i: _signal(plots_rows(rows)[i]), default=0),
         "agreement": _agreement(results["correlations"], list(cells)),
         "heads": _heads(results["heads"] or []),
@@ -428,6 +429,7 @@ def _heads(heads: list[Json]) -> Json | None:
     return {
         "rows": [plot_text(_place_name(place, places)) for place in places],
         "values": {name: {"cells": grid, **_scale(grid, name == "loss_gain")} for name, grid in grids.items()},
+        "order": [[labels[name], name] for name in grids],
         "labels": {name: labels[name] for name in grids},
     }
 

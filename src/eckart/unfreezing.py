@@ -92,16 +92,17 @@ def unfrozen_parameters(
     Returns:
         YAML text, a key `unfrozen_parameters` with a list.
     """
-    plain = set(bare)
-    lines = ["unfrozen_parameters:", *(f"- ^{name}$" for name in always)]
+    whole = set(bare)
+    lines = ["unfrozen_parameters:", *(f"- {_item(f'^{name}$')}" for name in always)]
     for kind, names in chosen.items():
-        lines.append(f"# {' '.join(kind.split())} layers")
-        lines += [f"- ^{name}{'' if name in plain else '.weight'}$" for name in names]
-    text = "\n".join(lines) + "\n"
-    if yaml.safe_load(text) != {"unfrozen_parameters": [line[2:] for line in lines if line.startswith("- ")] or None}:
-        # A name that YAML would read as something else is quoted; comments are lost then.
-        text = yaml.safe_dump({"unfrozen_parameters": [line[2:] for line in lines if line.startswith("- ")]})
-    return text
+        lines.append(f"# {''.join(c if c.isprintable() else ' ' for c in kind)} layers")
+        lines += [f"- {_item(f'^{name}$' if name in whole else f'^{name}.weight$')}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _item(pattern: str) -> str:
+    """A pattern as YAML reads it back: quoted where it is not plain."""
+    return pattern if re.fullmatch(r"\^[\w.-]+\$", pattern, re.ASCII) else json.dumps(pattern)
 
 
 def read_unfrozen_parameters(path: Path) -> tuple[str, ...]:

@@ -102,7 +102,9 @@ def unfrozen_parameters(
 
 def _item(pattern: str) -> str:
     """A pattern as YAML reads it back: quoted where it is not plain."""
-    return pattern if re.fullmatch(r"\^[\w.-]+\$", pattern, re.ASCII) else json.dumps(pattern)
+    if re.fullmatch(r"\^[\w.-]+\$", pattern, re.ASCII):
+        return pattern
+    return yaml.safe_dump(pattern, default_style='"', width=10**9).strip()
 
 
 def read_unfrozen_parameters(path: Path) -> tuple[str, ...]:

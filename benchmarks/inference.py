@@ -54,7 +54,9 @@ def make_layer(kind: str, shape: tuple[int, int], rank: int, where: dict[str, An
         return nn.Linear(into, out, False, **where)
     layer = STORAGES[kind](into, out, rank, False, **where)
     if kind == "pivoted":
-        layer.order.copy_(torch.randperm(out))
+        # As `choose_rows` gives them: which rows is chance, each part is in ascending order.
+        rows = torch.randperm(out)
+        layer.order.copy_(torch.cat((rows[:rank].sort().values, rows[rank:].sort().values)).argsort())
     return arrange_(layer)
 
 

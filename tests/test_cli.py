@@ -40,8 +40,9 @@ OPTIONS = {
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
         "--controls", "--no-controls", "--shots",
     },
-    "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force"},
-    "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},
+    "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
+    "apply": COMMON | {"model", "plan", "--out", "--dense", "--portable", "--force"},
+    "serve": COMMON | {"model", "--host", "--port"},
     "report": {"run", "--debug"},
 }  # fmt: skip
 

@@ -234,6 +234,29 @@ def composed_results(**options):
     return results
 
 
+def guided_results(**options):
+    """A guided search: the best eight predicted edits of the grid were measured, one of them not to the end."""
+    results = search_results(**options)
+    results["recipe"]["strategy"] = "guided"
+    start = results["baseline"]["validation"]["loss"]["value"]
+    results["predictions"] = [
+        {
+            "edit": trial["edit"],
+            # Sums that are not quite those of the loss, and in the measured order but for one.
+            "loss_change": measure(2 * (trial["validation"]["loss"]["value"] - start) + 0.1, 0.02, 80, "nats/token"),
+        }
+        for trial in results["grid"]
+    ]
+    best = sorted(results["grid"], key=lambda trial: trial["validation"]["loss"]["value"])[:8]
+    results["grid"] = [trial for trial in results["grid"] if trial in best]
+    best[7]["stopped"] = {
+        "metric": "accuracy", "at_best": 0.4, "to_beat": 0.45, "p_value": None, "level": None, "looks": None
+    }  # fmt: skip
+    first = next(p for p in results["predictions"] if p["edit"] == best[0]["edit"])
+    first["loss_change"]["value"] = 3.0
+    return results
+
+
 def hostile_results():
     """Every text of a search replaced by something that would run, if anything let it."""
     results = moe_results()
@@ -303,6 +326,7 @@ ALL = {
     "search": search_results, "text": text_results, "empty": empty_plan_results, "moe": moe_results,
     "evaluate": evaluate_results, "hostile": hostile_results, "compared": compared_results,
     "composed": composed_results,
+    "guided": guided_results,
 }  # fmt: skip
 
 
@@ -510,6 +534,34 @@ def test_the_metric_that_select_names_leads():
     assert "The first 20 of 280 edits, by validation loss." in page.words
     least = min(trial["validation"]["loss"]["value"] for trial in results["grid"])
     assert f"{least:.3f}" in page.words.split("Matrix 1 ")[1][:60]
+
+
+def test_a_guided_search_shows_predictions_against_what_was_measured_to_the_end():
+    results = guided_results()
+    page = Page(render(results))
+    found = payload(page)["predicted"]
+    measured = [trial for trial in results["grid"] if not trial["stopped"]]
+    start = results["baseline"]["validation"]["loss"]["value"]
+    assert [point["measured"] for point in found["points"]] == [
+        trial["validation"]["loss"]["value"] - start for trial in measured
+    ]
+    values = {json.dumps(p["edit"]): p["loss_change"]["value"] for p in results["predictions"]}
+    assert [point["predicted"] for point in found["points"]] == [values[json.dumps(t["edit"])] for t in measured]
+    # Of seven in order the first was predicted to be the last: Spearman's 1 - 6·Σd²/(n³ - n), Σd² = 36 + 6.
+    assert "the 7 edits that were measured" in page.words
+    assert "Rank correlation +0.25" in page.words
+
+
+@pytest.mark.parametrize("lacking", ["strategy", "loss", "predictions"])
+def test_without_predictions_of_the_loss_the_report_has_none(lacking):
+    results = guided_results()
+    if lacking == "loss":
+        del results["baseline"]["validation"]["loss"]
+        results["grid"] = [t | {"validation": {"accuracy": t["validation"]["accuracy"]}} for t in results["grid"]]
+    else:
+        results["recipe"]["strategy"] = "race" if lacking == "strategy" else "guided"
+        results["predictions"] = [] if lacking == "predictions" else results["predictions"]
+    assert "Predicted and measured" not in Page(render(results)).words
 
 
 def test_the_table_of_edits_says_that_it_shows_validation_numbers(page):
@@ -781,7 +833,7 @@ def browser():
         chromium.close()
 
 
-@pytest.mark.parametrize("name", ["search", "hostile", "text", "evaluate", "compared", "composed"])
+@pytest.mark.parametrize("name", ["search", "hostile", "text", "evaluate", "compared", "composed", "guided"])
 def test_a_browser_draws_the_report_fits_it_and_asks_for_nothing(browser, tmp_path, name):
     (tmp_path / "results.json").write_text(json.dumps(ALL[name]()))
     address = write_report(tmp_path).as_uri()
@@ -807,6 +859,7 @@ def test_a_browser_draws_the_report_fits_it_and_asks_for_nothing(browser, tmp_pa
             # A second image holds the cells that were stopped early.
             assert page.locator("#heat .hm image").count() == (2 if name == "composed" else 1)
             assert page.locator("#lines .scatterlayer .trace").count() > 0
+            assert page.locator("#predicted .points path").count() == (7 if name == "guided" else 0)
             box = page.locator("#heat svg.main-svg").first.bounding_box()
             assert box["width"] <= width
     if name != "evaluate":

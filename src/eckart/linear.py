@@ -138,7 +138,7 @@ class FactoredLinear(_TwoFactors):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        _check_rank(rank, (out_features, in_features), smallest=0)
+        _check_layer_rank(rank, (out_features, in_features), smallest=0)
         super().__init__(in_features, out_features, device, dtype)
         self.down = _linear(in_features, rank, False, device, dtype)
         self.up = _linear(rank, out_features, bias, device, dtype)
@@ -207,7 +207,7 @@ class PivotedLinear(_TwoFactors):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        _check_rank(rank, (out_features, in_features))
+        _check_layer_rank(rank, (out_features, in_features))
         super().__init__(in_features, out_features, device, dtype)
         self.down = _linear(in_features, rank, False, device, dtype)
         self.up = _linear(rank, out_features - rank, False, device, dtype)
@@ -392,8 +392,8 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U: Shape (out, r), r <= out, independent columns. Not modified.
 
     Returns:
-        The r chosen rows and the others, as int64 indices, and the float64 coefficients, shape (out - r, r), with
-        `U[others] = coefficients @ U[chosen]`; all on the device of `U`.
+        The r chosen rows and the others, as ascending int64 indices, and the float64 coefficients, shape
+        (out - r, r), with `U[others] = coefficients @ U[chosen]`; all on the device of `U`.
 
     Source:
         Goreinov et al. 2010, "How to find a good submatrix" (maxvol), doi:10.1142/9789812836021_0015.
@@ -422,6 +422,8 @@ def choose_rows(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left[row] += 1
         right[column] -= 1
         coefficients.addr_(left, right / pivot, alpha=-1)
+    # In ascending order, so that a layer's outputs are put in order by reading each part once from front to back.
+    chosen, others = chosen.sort().values, others.sort().values
     # Once more, since rounding errors of the updates add up.
     return chosen, others, torch.linalg.solve(U[chosen], U[others], left=False)
 
@@ -504,7 +506,7 @@ def _as_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
     return torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64, device=device)
 
 
-def _check_rank(rank: int, shape: tuple[int, int], smallest: int = 1) -> None:
+def _check_layer_rank(rank: int, shape: tuple[int, int], smallest: int = 1) -> None:
     if not smallest <= rank <= min(shape):
         raise RankError(
             f"rank {rank} does not fit a layer of shape {shape}. A rank here is from {smallest} to {min(shape)}. "

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +44,33 @@ class Gain(Measurement):
     """95 % interval by paired bootstrap."""
     p_value: float | None = None
     """Two-sided, exact McNemar; None where the difference is not of right and wrong answers."""
+
+
+@dataclass(frozen=True)
+class Spread(Measurement):
+    """The median of something measured repeatedly; `count` is how often."""
+
+    least: float
+    most: float
+
+
+def spread(values: Sequence[float], unit: str) -> Spread:
+    """Give the median of repeated measurements.
+
+    Args:
+        values: At least one. Not modified.
+        unit: Of one value.
+
+    Returns:
+        The median with the smallest and the largest, and the standard error that it has where values are normal:
+        sqrt(pi / 2) times that of the mean.
+
+    >>> spread([3.0, 1.0, 2.0], "s").value
+    2.0
+    """
+    found = mean(np.array(values), unit)
+    stderr = math.sqrt(math.pi / 2) * found.stderr
+    return Spread(float(np.median(values)), stderr, found.count, unit, float(min(values)), float(max(values)))
 
 
 # An edit may break a model so far that a loss is infinite. That is a result, not a reason to warn.

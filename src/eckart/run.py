@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, temporary_folder
+import torch
+from accelerate import PartialState
+
+from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, new_folder, save, temporary_folder
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
-from eckart.errors import OutputError
+from eckart.errors import EckartError, OutputError
 from eckart.factoring import Factoring, factor_
 from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
-from eckart.plan import read_plan, write_plan
-from eckart.recipe import SearchSettings, Settings, write_recipe
+from eckart.plan import Plan, read_plan, write_plan
+from eckart.quantizer import sizes
+from eckart.recipe import RecoverSettings, SearchSettings, Settings, write_recipe
+from eckart.recovery import Progress as RecoveryProgress
+from eckart.recovery import Recovery, forecast_recovery, recover
 from eckart.report import render
+from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
 from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
 from eckart.scoring import constant_answer, prepare, score, summarize
 from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
-from eckart.tasks import Task
+from eckart.tasks import Task, read_text
 
 LEDGER = "trials.sqlite"
 RESULTS = "results.json"
+STATE = "state"
+"""Folder of what an unfinished recovery goes on from."""
+TEXT_PASSAGES = 20
+"""A text of fewer documents is cut into passages: some train, others choose and prove."""
+DENSE = "multiplied out"
+"""What a factored model is compared with where speed and memory are measured."""
 
 
 def is_unfinished(out: Path, ledger: str = LEDGER, results: str = RESULTS) -> bool:
@@ -144,19 +160,26 @@ def run_evaluate(
     device: str = "auto",
     dtype: str = "auto",
     force: bool = False,
+    speed: bool = False,
+    memory: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model, unedited and under each plan, on each task.
 
+    Speed and memory are those of the folders that `eckart apply` would write, next to the model itself and, where that
+    is factored, to the same model multiplied out.
+
     Args:
         source: Folder or hub id of the model.
         plans: Plan files; the unedited model is always measured too.
-        tasks: At least one.
+        tasks: At least one, unless speed or memory is measured.
         out: Folder for `results.json` and `report.html`, new or empty; None writes nothing.
         settings: How examples are scored.
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
         force: Accept plans made for other weights.
+        speed: Also measure tokens a second.
+        memory: Also measure bytes on disk and in memory.
         progress: Called with a line before each measurement.
 
     Returns:
@@ -168,8 +191,11 @@ def run_evaluate(
     if out is not None:
         check_empty(out)
     read = {str(path): read_plan(path) for path in plans}
-    model, tokenizer = load(source, device=device, dtype=dtype)
+    model = load_model(source, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(source) if tasks else None
     check_finite(model)
+    if speed or memory:
+        check_measurable(model, memory=memory)
     matrices = find_matrices(model)
     for plan in read.values():
         check_plan(model, plan, matrices, force=force)
@@ -202,10 +228,54 @@ def run_evaluate(
         "environment": environment(),
         "recipe": settings.model_dump(mode="json"),
     }
+    if speed or memory:
+        low_rank = bool(low_rank_layers(model))
+        del model  # the sides are loaded from folders
+        place = tempfile.TemporaryDirectory(prefix="eckart-") if out is None else temporary_folder(out)
+        with place as folder:
+            where = {"device": device, "dtype": dtype}
+            sides = _side_folders(source, read, Path(folder), low_rank=low_rank, device=device, force=force)
+            if speed:
+                results["speed"] = _speed(sides, where, settings.seed, progress)
+            if memory:
+                results["memory"] = _memory(sides, where, progress)
     if out is not None:
         open_run(out)
         _finish(out, results)
     return results
+
+
+def _side_folders(
+    source: str, plans: Mapping[str, Plan], place: Path, *, low_rank: bool, device: str, force: bool
+) -> dict[str, str]:
+    """Write the models to be compared, but for the one that is there; the dense one is first."""
+    folders = {DENSE: str(place / "dense")} if low_rank else {}
+    if low_rank:
+        save(load_model(source, device=device, dtype="stored").dequantize(), folders[DENSE])
+    folders["none"] = source
+    for number, (name, plan) in enumerate(plans.items()):
+        model = load_model(source, device=device, dtype="stored")
+        folders[name] = str(_write_applied(model, plan, place / f"plan-{number}", None, force=force, dense=False)[0])
+    return folders
+
+
+def _speed(
+    sides: Mapping[str, str], where: dict[str, Any], seed: int, progress: Callable[[str], None] | None
+) -> dict[str, Any]:
+    models = {name: load_model(folder, **where) for name, folder in sides.items()}
+    first = next(iter(models))
+    rows = measure_speed(models, first, seed=seed, progress=progress)
+    prompt = prompt_of(models[first])
+    return {"prompt": prompt, "new_tokens": NEW_TOKENS, "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _memory(sides: Mapping[str, str], where: dict[str, Any], progress: Callable[[str], None] | None) -> dict[str, Any]:
+    rows = []
+    for name, folder in sides.items():
+        if progress is not None:
+            progress(f"memory, plan {name}")
+        rows.append(measure_memory(name, folder, **where))
+    return {"rows": rows}
 
 
 def run_apply(
@@ -217,6 +287,7 @@ def run_apply(
     dtype: str = "stored",
     force: bool = False,
     dense: bool = False,
+    portable: bool = False,
 ) -> tuple[Path, Factoring | None]:
     """Write the model that a plan describes to `out/model`.
 
@@ -231,6 +302,7 @@ def run_apply(
         dtype: As for `eckart.load`.
         force: Accept a plan made for other weights.
         dense: Write dense weights, which plain transformers loads; layers that were low-rank before are multiplied out.
+        portable: As for `eckart.save`; without meaning where all is dense.
 
     Returns:
         The model's folder, and what became of the edited weights unless all are dense.
@@ -244,6 +316,12 @@ def run_apply(
     model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
+    return _write_applied(model, plan, folder, tokenizer, force=force, dense=dense, portable=portable)
+
+
+def _write_applied(
+    model: Any, plan: Plan, folder: Path, tokenizer: Any, *, force: bool, dense: bool, portable: bool = False
+) -> tuple[Path, Factoring | None]:
     if dense:
         apply_(model, plan, force=force)
         if low_rank_layers(model):
@@ -251,7 +329,151 @@ def run_apply(
         return save(model, folder, tokenizer, plan), None
     with temporary_folder(folder) as spill:
         factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
-        return save(model, folder, tokenizer, plan), factoring
+        return save(model, folder, tokenizer, plan, portable=portable), factoring
+
+
+def run_recover(
+    source: str,
+    data: Path,
+    out: Path,
+    settings: RecoverSettings,
+    *,
+    teacher: str | None = None,
+    device: str = "auto",
+    progress: Callable[[RecoveryProgress], None] | None = None,
+) -> Recovery:
+    """Recover a factored model: write `model/`, `results.json`, `report.html`, `recipe.yaml`, and `adapter/` if asked.
+
+    In several processes (`accelerate launch`), each trains on its share of every batch and the first one writes.
+
+    Args:
+        source: Folder of the factored model.
+        data: Text to learn from; documents are separated by `<|endofdoc|>`, and a single one is cut into passages.
+        out: New or empty folder, or one that holds an unfinished recovery with the same settings.
+        settings: The recovery's settings.
+        teacher: Folder or hub id of the model before compression.
+        device: As for `eckart.load`.
+        progress: Called after each step.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        EckartError: Bad input; a folder made for the run is removed again if nothing was measured.
+    """
+    state = out / STATE
+    if not is_unfinished_recovery(out):
+        check_empty(out)
+    text = read_text(data, passages=TEXT_PASSAGES)
+    model, dense, tokenizer, device = _load_pair(source, teacher, settings, device)
+    try:
+        found = recover(model, tokenizer, text, settings, teacher=dense, state=state, progress=progress)
+    except EckartError:
+        if state.is_dir() and not any(state.iterdir()):
+            state.rmdir()
+            out.rmdir()
+        raise
+    if not PartialState().is_main_process:
+        return found
+    for half in [out / "model", out / "adapter", *out.glob(".model-*"), *out.glob(".adapter-*")]:
+        shutil.rmtree(half, ignore_errors=True)  # of a life that was killed while it wrote
+    if found.peft is not None:
+        with new_folder(out / "adapter") as folder:
+            found.peft.peft_config["default"].base_model_name_or_path = "../model"
+            found.peft.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's own is a form to be filled in
+        found.peft.unload()
+    save(model, out / "model", tokenizer)
+    write_text(out / "recipe.yaml", write_recipe(settings))
+    now, dense_size = sizes(model)
+    _finish(
+        out,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "recover",
+            "model": {
+                "source": source,
+                "architecture": type(model).__name__,
+                "weights_sha256": weights_sha256(model),
+                "parameters": now.parameters,
+            },
+            "teacher": teacher,
+            "data": {"name": text.name, "documents": len(text.examples)} | found.facts["windows"],
+            "test": found.test,
+            "gain": found.gain,
+            "teacher_gain": found.teacher_gain,
+            "curve": found.curve,
+            "best_step": found.best_step,
+            "steps": found.steps,
+            "stopped": found.stopped,
+            "size": {"model": now, "dense": dense_size, "adapter": found.adapter, "trained": found.facts["trained"]},
+            "cache_bytes": found.facts["cache_bytes"],
+            "processes": found.facts["processes"],
+            "warnings": _recovery_warnings(found),
+            "seconds": found.facts["seconds"],
+            "environment": environment(),
+            "recipe": settings.model_dump(mode="json"),
+        },
+    )
+    shutil.rmtree(state)
+    return found
+
+
+def is_unfinished_recovery(out: Path) -> bool:
+    """Tell whether a folder holds a recovery that was interrupted.
+
+    Args:
+        out: The folder; it need not exist.
+
+    Returns:
+        Whether it does.
+    """
+    return (out / STATE).is_dir() and not (out / "results.json").exists()
+
+
+def forecast_recover(
+    source: str, data: Path, settings: RecoverSettings, *, teacher: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Say what a recovery would do and how long it would take, from a few steps that are not taken.
+
+    Args:
+        source: As for `run_recover`.
+        data: As for `run_recover`.
+        settings: As for `run_recover`.
+        teacher: As for `run_recover`.
+        device: As for `eckart.load`.
+
+    Returns:
+        As of `eckart.recovery.forecast_recovery`.
+
+    Raises:
+        EckartError: Bad input.
+    """
+    text = read_text(data, passages=TEXT_PASSAGES)
+    model, dense, tokenizer, _ = _load_pair(source, teacher, settings, device)
+    return forecast_recovery(model, tokenizer, text, settings, dense)
+
+
+def _load_pair(source: str, teacher: str | None, settings: RecoverSettings, device: str) -> tuple[Any, Any, Any, str]:
+    """Load a factored model, its teacher and its tokenizer, each process of several on its own device."""
+    if device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model = load_model(source, device=device, dtype="stored")
+    check_finite(model)
+    dense = None if teacher is None else load_model(teacher, device=device, dtype=settings.precision)
+    return model, dense, load_tokenizer(source), device
+
+
+def _recovery_warnings(found: Recovery) -> list[str]:
+    warnings = []
+    if found.best_step == 0 and found.steps:
+        warnings.append(
+            "No step of the training lowered the loss on held-out text, so the factors are those it started from. "
+            "Try a smaller learning rate or more text."
+        )
+    if found.gain.interval[1] > 0 and found.steps:
+        warnings.append("On the windows that prove, the interval of the gain includes none: it may be chance.")
+    return warnings
 
 
 def forecast_search(

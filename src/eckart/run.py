@@ -15,7 +15,7 @@ from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, sav
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
 from eckart.errors import OutputError
-from eckart.factoring import Factoring, factor_
+from eckart.factoring import AT_MOST, Factoring, factor_
 from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
@@ -25,7 +25,7 @@ from eckart.report import render
 from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
 from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
 from eckart.scoring import constant_answer, prepare, score, summarize
-from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
+from eckart.surgery import applied, check_finite, check_plan, weights_sha256
 from eckart.tasks import Task
 
 LEDGER = "trials.sqlite"
@@ -305,14 +305,12 @@ def run_apply(
 def _write_applied(
     model: Any, plan: Plan, folder: Path, tokenizer: Any, *, force: bool, dense: bool
 ) -> tuple[Path, Factoring | None]:
-    if dense:
-        apply_(model, plan, force=force)
-        if low_rank_layers(model):
+    with temporary_folder(folder) as place:
+        spill = place if model.device.type == "cpu" else None
+        factoring = factor_(model, plan, force=force, at_most=0 if dense else AT_MOST, spill=spill)
+        if dense and low_rank_layers(model):
             model.dequantize()
-        return save(model, folder, tokenizer, plan), None
-    with temporary_folder(folder) as spill:
-        factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
-        return save(model, folder, tokenizer, plan), factoring
+        return save(model, folder, tokenizer, plan), None if dense else factoring
 
 
 def forecast_search(

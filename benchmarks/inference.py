@@ -246,12 +246,13 @@ def model_table(folder: Path) -> str:
             rows.append((name, f"{phase}, {dense['batch']}", *paces, cell, limit))
         load, memory = result["load"], {row["side"]: row for row in result["memory"]}
         above = {side: row["peak"]["value"] - row["interpreter"]["value"] for side, row in memory.items()}
+        own = memory["factored"]["parameters"]
+        times = {side: load["ms"][side]["median"] for side in above}
         notes.append(
-            f"{name}: loads in {load['ms']['factored']['median']:.0f} ms, dense in {load['ms']['dense']['median']:.0f} ms "
-            f"(dense / factored {load['ratio']['median']:.2f}); takes {above['factored'] / 1e6:.0f} MB above "
-            f"Python and libraries against {above['dense'] / 1e6:.0f} MB, which is "
-            f"{above['factored'] / memory['factored']['parameters']:.2f} times the bytes of its parameters "
-            f"({memory['factored']['parameters'] / 1e6:.0f} MB)."
+            f"{name}: loads in {times['factored']:.0f} ms, dense in {times['dense']:.0f} ms (dense / factored "
+            f"{load['ratio']['median']:.2f}); takes {above['factored'] / 1e6:.0f} MB above Python and libraries, dense "
+            f"{above['dense'] / 1e6:.0f} MB. That is {above['factored'] / own:.2f} times the {own / 1e6:.0f} MB of its "
+            "parameters."
         )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *notes])
 

@@ -41,7 +41,8 @@ OPTIONS = {
         "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
-    "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},
+    "apply": COMMON | {"model", "plan", "--out", "--dense", "--portable", "--force"},
+    "serve": COMMON | {"model", "--host", "--port"},
     "report": {"run", "--debug"},
 }  # fmt: skip
 

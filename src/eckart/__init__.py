@@ -18,6 +18,8 @@ registration.register_when_imported()
 _HOMES = {
     "load": "checkpoint",
     "save": "checkpoint",
+    "Compression": "compression",
+    "compress": "compression",
     "EckartError": "errors",
     "Factoring": "factoring",
     "factor_": "factoring",
@@ -32,7 +34,11 @@ _HOMES = {
     "Plan": "plan",
     "read_plan": "plan",
     "write_plan": "plan",
+    "CompressSettings": "recipe",
+    "RecoverSettings": "recipe",
     "SearchSettings": "recipe",
+    "Recovery": "recovery",
+    "recover": "recovery",
     "write_report": "report",
     "Measurement": "results",
     "SearchResult": "laser",
@@ -53,6 +59,8 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from eckart.checkpoint import load as load
     from eckart.checkpoint import save as save
+    from eckart.compression import Compression as Compression
+    from eckart.compression import compress as compress
     from eckart.errors import EckartError as EckartError
     from eckart.factoring import Factoring as Factoring
     from eckart.factoring import factor_ as factor_
@@ -68,7 +76,11 @@ if TYPE_CHECKING:
     from eckart.plan import Plan as Plan
     from eckart.plan import read_plan as read_plan
     from eckart.plan import write_plan as write_plan
+    from eckart.recipe import CompressSettings as CompressSettings
+    from eckart.recipe import RecoverSettings as RecoverSettings
     from eckart.recipe import SearchSettings as SearchSettings
+    from eckart.recovery import Recovery as Recovery
+    from eckart.recovery import recover as recover
     from eckart.report import write_report as write_report
     from eckart.results import Measurement as Measurement
     from eckart.scoring import evaluate as evaluate

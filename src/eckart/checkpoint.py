@@ -26,7 +26,8 @@ from torch import nn
 
 from eckart.errors import EckartError, ModelError, OutputError
 from eckart.plan import Plan, write_plan
-from eckart.quantizer import LowRankConfig, sizes
+from eckart.portable import add_modeling
+from eckart.quantizer import MODELING, LowRankConfig, sizes
 
 _MAX_HEADER = 100_000_000  # the safetensors format's own limit
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -69,12 +70,7 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     Raises:
         ModelError: As for `load`.
     """
-    if dtype not in _DTYPES:
-        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
-    where = _device(device)
-    name, local = resolve(source)
-    if local:
-        check_folder(Path(name))
+    name, local, where = locate(source, device=device, dtype=dtype)
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -104,6 +100,23 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     return model.to(where).eval()
 
 
+def stored_dtype(source: str, model: Any) -> torch.dtype:
+    """Tell in which dtype a model lies in its files.
+
+    Args:
+        source: Where it was loaded from.
+        model: As loaded.
+
+    Returns:
+        What the config says, or the model's own where it says nothing.
+    """
+    name, local = resolve(source)
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    found = getattr(config, "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else model.dtype
+
+
 def load_tokenizer(source: str) -> Any:
     """Load a model's tokenizer.
 
@@ -128,6 +141,29 @@ def load_tokenizer(source: str) -> Any:
         f"{source} has no usable tokenizer: {problem}. A tokenizer.json lies beside the weights. "
         "Copy it from where the model came from."
     )
+
+
+def locate(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[str, bool, torch.device]:
+    """Check what can be checked before a model is loaded.
+
+    Args:
+        source: As for `load`.
+        device: As for `load`.
+        dtype: As for `load`.
+
+    Returns:
+        The name to load from, whether it is a folder, and the device.
+
+    Raises:
+        ModelError: `source` is no model, a damaged one, or an adapter; device or dtype are unknown.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
+    where = _device(device)
+    name, local = resolve(source)
+    if local:
+        check_folder(Path(name))
+    return name, local, where
 
 
 def resolve(source: str) -> tuple[str, bool]:
@@ -424,6 +460,7 @@ def save(
     plan: Plan | None = None,
     *,
     max_shard_size: str | int = "5GB",
+    portable: bool = False,
 ) -> Path:
     """Write a Hugging Face folder.
 
@@ -437,6 +474,8 @@ def save(
         tokenizer: Written beside the weights.
         plan: Written beside the weights as `plan.json`, and told in the model card.
         max_shard_size: Of a safetensors file, in bytes or as `5GB`.
+        portable: Put a modeling file beside factored weights, so that they load without eckart, too, where
+            `from_pretrained` is given `trust_remote_code=True`.
 
     Returns:
         The folder.
@@ -448,11 +487,14 @@ def save(
     target = Path(folder)
     with new_folder(target) as temporary:
         saved.save_pretrained(temporary, max_shard_size=max_shard_size)
+        portable = portable and isinstance(getattr(saved.config, "quantization_config", None), LowRankConfig)
+        if portable:
+            add_modeling(temporary, saved)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if plan is not None:
             write_plan(temporary / "plan.json", plan)
-            (temporary / "README.md").write_text(model_card(plan, model), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(plan, model, portable=portable), encoding="utf-8")
         write_manifest(temporary)
     return target
 
@@ -474,12 +516,13 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
-def model_card(plan: Plan, model: nn.Module | None = None) -> str:
+def model_card(plan: Plan, model: nn.Module | None = None, *, portable: bool = False) -> str:
     """Describe an edited model for those who find it.
 
     Args:
         plan: What was done to it.
         model: The edited model; if it has low-rank layers, the card tells its size and how to load it.
+        portable: A modeling file lies beside it.
 
     Returns:
         Markdown with Hugging Face's metadata header.
@@ -491,8 +534,12 @@ def model_card(plan: Plan, model: nn.Module | None = None) -> str:
     rows = [f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |" for e in plan.edits]
     base = yaml.safe_dump({"base_model": plan.model.source}).rstrip("\n")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    size = _size_lines(model, config) if model is not None and isinstance(config, LowRankConfig) else []
+    size = _size_lines(model, config, portable) if model is not None and isinstance(config, LowRankConfig) else []
     command = shlex.join(["eckart", "apply", plan.model.source, "plan.json", *([] if size else ["--dense"])])
+    if any(edit.weighting != "none" for edit in plan.edits):
+        # The factors depend on a calibration text, which the plan does not hold.
+        command = shlex.join(["eckart", "compress", plan.model.source, "--recipe", "recipe.yaml", "--calibration"])
+        command += " TEXT"
     return "\n".join(
         [
             "---",
@@ -518,7 +565,14 @@ def model_card(plan: Plan, model: nn.Module | None = None) -> str:
     )
 
 
-def _size_lines(model: nn.Module, config: LowRankConfig) -> list[str]:
+_PORTABLE = [
+    f"Or without eckart, by the file `{MODELING}.py` beside the weights, which then runs on your machine: read it, and "
+    "give `from_pretrained` the argument `trust_remote_code=True`.",
+    "",
+]
+
+
+def _size_lines(model: nn.Module, config: LowRankConfig, portable: bool) -> list[str]:
     """What the card of a factored model says besides."""
     now, dense = sizes(model)
     stayed = [f"- `{name}` stayed dense: {reason}." for name, reason in config.dense.items()]
@@ -535,5 +589,6 @@ def _size_lines(model: nn.Module, config: LowRankConfig) -> list[str]:
         "dense = model.dequantize()  # where factors are not understood",
         "```",
         "",
+        *(_PORTABLE if portable else []),
         *([*stayed, ""] if stayed else []),
     ]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,12 +55,23 @@ class _Part:
     edit: Edit | None = None
 
 
+@dataclass(frozen=True)
+class _Making:
+    """What `factor_` was told of how to make layers."""
+
+    factors: Mapping[str, Spectrum]
+    storage: Literal["factored", "pivoted"] | None
+    at_most: float
+
+
 def factor_(
     model: nn.Module,
     plan: Plan | Sequence[Edit],
     matrices: Sequence[Matrix] | None = None,
     *,
     force: bool = False,
+    factors: Mapping[str, Spectrum] | None = None,
+    storage: Literal["factored", "pivoted"] | None = None,
     at_most: float = AT_MOST,
     spill: Path | None = None,
 ) -> Factoring:
@@ -74,7 +85,9 @@ def factor_(
         plan: A plan made for this model, or bare edits.
         matrices: From `find_matrices(model)`, where the caller has them; not valid any more afterwards.
         force: Accept other weights than the plan was made for.
-        at_most: Share of the dense bytes that factors may take; 0 leaves every edited weight dense.
+        factors: By the matrix's name, what replaces it, of the edit's rank; needed where a plan has a weighting.
+        storage: How every weight of lowered rank is stored; by default whichever takes fewest bytes.
+        at_most: Share of the dense bytes that factors may take, unless `storage` is given; 0 leaves all dense.
         spill: A folder for what is edited, on the CPU only: it is mapped from files there, which must outlive the
             model. With a model whose weights are mapped, too, memory holds one matrix at a time.
 
@@ -84,7 +97,7 @@ def factor_(
     Raises:
         PlanError: The plan does not fit; the model is untouched then.
     """
-    pairs = check_plan(model, plan, matrices, force=force)
+    pairs = check_plan(model, plan, matrices, force=force, factors=factors or {})
     before, _ = sizes(model)
     parameters: dict[str, list[tuple[Matrix, Edit]]] = {}
     for matrix, edit in pairs:
@@ -95,10 +108,12 @@ def factor_(
         stacked = edits[0][0].expert is not None
         path = parameter if stacked else parameter.removesuffix(".weight")
         file = None if spill is None else spill / f"{len(layers) + len(dense)}.safetensors"
-        layer = _obstacle(model, parameter) or (_experts if stacked else _linear)(model, edits, at_most)
+        making = _Making(factors or {}, storage, at_most)
+        asked = None if at_most or storage else "every weight was to stay dense"
+        layer = asked or obstacle(model, parameter) or (_experts if stacked else _linear)(model, edits, making)
         if isinstance(layer, str):
             dense[path] = layer
-            _edit_(model, edits, file)
+            _edit_(model, edits, factors or {}, file)
         else:
             layers[path] = stored_as(layer, transposed=edits[0][0].transposed)
             if file is not None:
@@ -109,14 +124,18 @@ def factor_(
     return Factoring(layers, dense, before, sizes(model)[0])
 
 
-def _edit_(model: nn.Module, edits: list[tuple[Matrix, Edit]], file: Path | None) -> None:
+def _edit_(
+    model: nn.Module, edits: list[tuple[Matrix, Edit]], factors: Mapping[str, Spectrum], file: Path | None
+) -> None:
     """Edit a weight that stays dense, in place or in a file that is mapped into memory."""
     held = model.get_parameter(edits[0][0].parameter)
     if file is not None:
         # A page of a mapped file that is written to stays in memory for as long as the file is mapped.
         held.data = held.data.clone()
     for matrix, edit in edits:
-        write(model, matrix, replacement(read(model, matrix), edit))
+        spectrum = factors.get(matrix.name)
+        weight = read(model, matrix)
+        write(model, matrix, replacement(weight, edit) if spectrum is None else truncation.dense(spectrum))
     if file is not None:
         held.data = _mapped({"weight": held.data}, file)["weight"]
 
@@ -131,8 +150,16 @@ def _mapped(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def _obstacle(model: nn.Module, parameter: str) -> str | None:
-    """Say why a parameter cannot be anything but dense, if so."""
+def obstacle(model: nn.Module, parameter: str) -> str | None:
+    """Say why a parameter cannot be anything but dense, if so.
+
+    Args:
+        model: Any model. Not modified.
+        parameter: Name of a weight in it.
+
+    Returns:
+        The reason, or None where nothing is in the way.
+    """
     path, _, name = parameter.rpartition(".")
     module = model.get_submodule(path)
     held = module.get_parameter(name)
@@ -148,7 +175,7 @@ def _obstacle(model: nn.Module, parameter: str) -> str | None:
     return None if called else f"{type(module).__name__} is not a linear layer"
 
 
-def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float) -> LowRankLayer | str:
+def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making) -> LowRankLayer | str:
     """Make the layer that takes the place of a linear one, or say why none does."""
     first = edits[0][0]
     module: Any = model.get_submodule(first.parameter.rpartition(".")[0])
@@ -157,12 +184,12 @@ def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float) 
     parts = _parts(weight, edits)
     joined = torch.cat([part.rows for part in parts])
     consecutive = torch.equal(joined, torch.arange(len(weight)))
-    storages: list[Storage] = [_storage(part, weight, at_most) for part in parts]
+    storages: list[Storage] = [_storage(part, weight, making) for part in parts]
     numbers = sum(_bytes(storage, part, weight) for storage, part in zip(storages, parts))
-    problem = _too_large(numbers + (0 if consecutive else 8 * len(weight)), weight, at_most)
+    problem = _too_large(numbers + (0 if consecutive else 8 * len(weight)), weight, making)
     if problem is not None:
         return problem
-    blocks = [_block(*pair, weight, bias) for pair in zip(parts, storages)]
+    blocks = [_block(*pair, weight, bias, making) for pair in zip(parts, storages)]
     if len(blocks) == 1:
         (block,) = blocks
         assert isinstance(block, LowRankLayer)
@@ -170,7 +197,7 @@ def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float) 
     return RowBlockedLinear(blocks, None if consecutive else [part.rows.to(weight.device) for part in parts])
 
 
-def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float) -> LowRankLayer | str:
+def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making) -> LowRankLayer | str:
     """Make the layer that takes the place of stacked experts, or say why none does."""
     first = edits[0][0]
     stack = model.get_parameter(first.parameter).detach()
@@ -180,17 +207,19 @@ def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], at_most: float)
         for expert, weight in enumerate(weights)
     ]
     out, into = weights[0].shape
-    ranks = [sum(min(len(part.rows), into) if part.rank is None else part.rank for part in each) for each in parts]
-    rank = FactoredExperts.rounded(max(ranks))
-    problem = _too_large(len(weights) * rank * (out + into) * stack.itemsize, stack, at_most)
+    spectra = [
+        _joined([(part, _spectrum(part, weight, making)) for part in each]) for weight, each in zip(weights, parts)
+    ]
+    largest = max(len(spectrum.S) for spectrum in spectra)
+    numbers = len(weights) * FactoredExperts.rounded(largest) * (out + into)
+    problem = _too_large(numbers * stack.itemsize, stack, making)
     if problem is not None:
-        return f"{problem}: all its experts get the largest of their ranks, {max(ranks)} of {min(out, into)}"
-    spectra = [_joined([(part, _spectrum(part, weight)) for part in each]) for weight, each in zip(weights, parts)]
+        return f"{problem}: all its experts get the largest of their ranks, {largest} of {min(out, into)}"
     return FactoredExperts.from_spectra(spectra, transposed=first.transposed, dtype=stack.dtype)
 
 
-def _too_large(numbers: int, weight: Tensor, at_most: float) -> str | None:
-    if numbers < at_most * weight.nbytes:
+def _too_large(numbers: int, weight: Tensor, making: _Making) -> str | None:
+    if making.storage is not None or numbers < making.at_most * weight.nbytes:
         return None
     return f"stored for this rank it would take {numbers:,} bytes, and {weight.nbytes:,} dense"
 
@@ -203,6 +232,7 @@ def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
         rows = rows_of(matrix)
         free[rows] = False
         keeps_all = edit.kind == "low_rank" and edit.svd == "exact" and edit.rank == edit.full_rank
+        keeps_all &= edit.weighting == "none"
         if edit.kind == "magnitude" or keeps_all:
             parts.append(_Part(rows, None, edit))
             continue
@@ -216,22 +246,26 @@ def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
     return sorted(parts, key=lambda part: int(part.rows[0]))
 
 
-def _storage(part: _Part, weight: Tensor, at_most: float) -> Storage:
+def _storage(part: _Part, weight: Tensor, making: _Making) -> Storage:
     if part.rank is None:
         return "dense"
-    return cheapest_storage((len(part.rows), weight.shape[1]), part.rank, weight.dtype, at_most=at_most)
+    if making.storage is not None:
+        return making.storage if part.rank else "factored"
+    return cheapest_storage((len(part.rows), weight.shape[1]), part.rank, weight.dtype, at_most=making.at_most)
 
 
 def _bytes(storage: Storage, part: _Part, weight: Tensor) -> int:
     return bytes_stored(storage, (len(part.rows), weight.shape[1]), part.rank or 0, weight.dtype)
 
 
-def _spectrum(part: _Part, weight: Tensor) -> Spectrum:
+def _spectrum(part: _Part, weight: Tensor, making: _Making) -> Spectrum:
     """Decompose what a part becomes; without a rank, into as many components as it can have."""
     rows, edit = weight[part.rows.to(weight.device)], part.edit
     if part.rank is None:
         return truncation.decompose(rows if edit is None else replacement(rows, edit))
     assert edit is not None
+    if edit.matrix in making.factors:
+        return making.factors[edit.matrix]
     if edit.kind == "zero":
         precise = torch.promote_types(weight.dtype, torch.float32)
         out, into = rows.shape
@@ -241,15 +275,17 @@ def _spectrum(part: _Part, weight: Tensor) -> Spectrum:
     return truncation.cut(truncation.decompose(rows), part.rank, basis=edit.basis, seed=edit.seed)
 
 
-def _block(part: _Part, storage: Storage, weight: Tensor, bias: Tensor | None) -> nn.Linear | LowRankLayer:
+def _block(
+    part: _Part, storage: Storage, weight: Tensor, bias: Tensor | None, making: _Making
+) -> nn.Linear | LowRankLayer:
     """Make the layer of one part."""
     rows = part.rows.to(weight.device)
     part_bias = None if bias is None else bias[rows]
     if storage != "dense":
-        return STORAGES[storage].from_spectrum(_spectrum(part, weight), bias=part_bias, dtype=weight.dtype)
+        return STORAGES[storage].from_spectrum(_spectrum(part, weight, making), bias=part_bias, dtype=weight.dtype)
     values = weight[rows]
     if part.rank is not None:
-        values = truncation.dense(_spectrum(part, weight)).to(weight.dtype)
+        values = truncation.dense(_spectrum(part, weight, making)).to(weight.dtype)
     elif part.edit is not None:
         values = replacement(values, part.edit)
     linear = nn.Linear(values.shape[1], values.shape[0], bias is not None, device="meta", dtype=weight.dtype)
@@ -260,8 +296,14 @@ def _block(part: _Part, storage: Storage, weight: Tensor, bias: Tensor | None) -
 
 
 def _joined(parts: list[tuple[_Part, Spectrum]]) -> Spectrum:
-    """Write parts of one weight as one product, whose rank is the sum of theirs and at least 1."""
+    """Write parts of one weight as one product, whose rank is the sum of theirs and at least 1.
+
+    Parts that have one `Vh` in common share it.
+    """
     first = parts[0][1]
+    if all(torch.equal(spectrum.Vh, first.Vh) and torch.equal(spectrum.S, first.S) for _, spectrum in parts):
+        rows = torch.cat([part.rows for part, _ in parts]).argsort()
+        return Spectrum(torch.cat([spectrum.U for _, spectrum in parts])[rows.to(first.U.device)], first.S, first.Vh)
     out, into = sum(len(part.rows) for part, _ in parts), first.Vh.shape[1]
     rank = max(1, sum(len(spectrum.S) for _, spectrum in parts))
     joined = Spectrum(first.U.new_zeros(out, rank), first.S.new_zeros(rank), first.Vh.new_zeros(rank, into))

@@ -27,7 +27,9 @@ class Edit(_Frozen):
         default=1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
     )
     rank: int = Field(ge=0, description="components kept in each block; for magnitude the full rank, for zero 0")
-    weighting: Literal["none"] = "none"
+    weighting: Literal["none", "fwsvd", "asvd", "whiten", "double", "propagated"] = Field(
+        default="none", description="metric of the cut; all but 'none' need the factors that were made with it"
+    )
     basis: Literal["top", "bottom", "random"] = "top"
     blocks: int = Field(default=1, ge=1, description="parts of the rows, each cut by itself")
     clustering: Literal["contiguous", "heads", "subspaces"] = Field(
@@ -56,6 +58,13 @@ class Edit(_Frozen):
             raise ValueError(f"{self.matrix}: rho 0 goes with kind 'zero' only")
         if self.svd == "lowrank" and self.basis != "top":
             raise ValueError(f"{self.matrix}: svd 'lowrank' has no basis but 'top'")
+        return self
+
+    @model_validator(mode="after")
+    def _weighting_fits(self) -> Edit:
+        plain = self.kind == "low_rank" and self.basis == "top" and self.svd == "exact" and self.blocks == 1
+        if self.weighting != "none" and not plain:
+            raise ValueError(f"{self.matrix}: weighting goes with kind 'low_rank', basis 'top', svd 'exact', one block")
         return self
 
     @model_validator(mode="after")

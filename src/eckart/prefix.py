@@ -152,7 +152,7 @@ class PrefixCache:
         """Skip one block more: run it once on every batch and keep what it returns."""
         module, stack = self.blocks[self.depth]
         for index in range(len(self.batches)):
-            found = None if (index, stack) in self._refused else self._outputs(module, index)
+            found = None if (index, stack) in self._refused else self.outputs(module, index)
             for inner in (*self._inside, stack):
                 self._drop(index, inner)
             if found is not None and not self._keep(index, stack, found):
@@ -175,7 +175,7 @@ class PrefixCache:
         _, stack = self.blocks[self.depth]
         for index in range(len(self.batches)):
             if (index, stack) not in self._refused:
-                self._keep(index, module, self._outputs(module, index))
+                self._keep(index, module, self.outputs(module, index))
         self._inside.append(module)
         return True
 
@@ -194,8 +194,16 @@ class PrefixCache:
                 output = phase()
         return output
 
-    def _outputs(self, module: nn.Module, index: int) -> list[Any]:
-        """What a module returns in each pass over a batch; None where a pass ends inside it and nothing needs it."""
+    def outputs(self, module: nn.Module, index: int) -> list[Any]:
+        """Run the model up to a module, skipping what is kept.
+
+        Args:
+            module: Where to stop: the current block, or what is in it.
+            index: Which batch.
+
+        Returns:
+            What the module returns in each pass over the batch; None where a pass ends inside it and nothing needs it.
+        """
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             raise _Reached(output)

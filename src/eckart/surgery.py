@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -205,6 +205,7 @@ def check_plan(
     matrices: Sequence[Matrix] | None = None,
     *,
     force: bool = False,
+    factors: Collection[str] = (),
 ) -> list[tuple[Matrix, Edit]]:
     """Match a plan's edits to a model's matrices, before anything is computed.
 
@@ -213,12 +214,14 @@ def check_plan(
         plan: A plan, whose model must be this one, or bare edits.
         matrices: From `find_matrices(model)`, where the caller has them.
         force: Accept other weights than the plan was made for.
+        factors: Matrices whose factors the caller has.
 
     Returns:
         Each edit with its matrix.
 
     Raises:
-        PlanError: Other weights, an edit whose shape differs, or two edits that overlap.
+        PlanError: Other weights, an edit whose shape differs, two edits that overlap, or an edit whose weighting
+            needs factors that the caller does not have.
         MatrixError: A matrix that the model does not have.
     """
     if isinstance(plan, Plan) and not force:
@@ -237,6 +240,13 @@ def check_plan(
             raise PlanError(
                 f"The plan has {matrix.name} with shape {edit.shape}; in this model it is {matrix.shape}. "
                 "Shapes are (out, in). The plan was made for another model."
+            )
+    for edit in edits:
+        if edit.weighting != "none" and edit.matrix not in factors:
+            raise PlanError(
+                f"The plan cuts {edit.matrix} by weighting '{edit.weighting}', which depends on a calibration text. "
+                "A plan holds no numbers, so weights alone cannot make it again. "
+                "Use the folder model/ that `eckart compress` wrote beside the plan, or run compress again."
             )
     wholes = {(matrix.parameter, matrix.expert) for matrix, _ in pairs if matrix.whole}
     for matrix, _ in pairs:

@@ -5,7 +5,7 @@ One module a verb; `program` has the options they share, `console` how things ar
 
 import logging
 
-from eckart.cli import apply, evaluate, search  # noqa: F401 each adds its verbs to `app`
+from eckart.cli import apply, compress, evaluate, recover, search, serve  # noqa: F401 each adds its verbs to `app`
 from eckart.cli.program import app
 
 

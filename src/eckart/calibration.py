@@ -1,0 +1,281 @@
+"""From a calibration text to what every weight sees: moments of its inputs and of the gradients at its outputs.
+
+Every product of an activation with a weight is watched, as `eckart.dataflow` does, so that linear layers, transposed
+ones and single experts need no code of their own. Notation: x is the input of a weight at one token, g the gradient
+of the summed loss at its output there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from eckart.dataflow import evaluating, only_gradients_of
+from eckart.encoding import Encoded, prompt_tokens
+from eckart.errors import TaskError
+from eckart.layout import Row, Sequence_, lay_out
+from eckart.matrices import Matrix, rows_of
+from eckart.prefix import run_block
+from eckart.scoring import only_positions
+from eckart.tasks import Task
+
+Place = tuple[str, int | None]
+"""A parameter's name, and the expert in it."""
+Seen = Callable[[Place, Tensor, Tensor], Tensor | None]
+"""Called with a place, inputs (tokens, in) and outputs; may give other outputs."""
+
+# The operand that may be a weight and the one that is multiplied by it.
+_PRODUCTS = {"linear": (1, 0), "matmul": (1, 0), "__matmul__": (1, 0), "mm": (1, 0), "addmm": (2, 1)}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over the tokens that a matrix saw."""
+
+    tokens: int
+    inputs: Tensor
+    """Mean x x', shape (in, in), float64."""
+    magnitude: Tensor
+    """Mean |x|, shape (in,), float64."""
+    gradients: Tensor | None = None
+    """Mean g g', shape (out, out), float64; None where no gradients were taken."""
+    fisher: Tensor | None = None
+    """Mean g_i^2 |x|^2, shape (out,), float64: what an output row's weights matter, summed over the row."""
+
+
+def read_windows(
+    task: Task, tokenizer: Any, *, length: int, count: int, first: int = 0, batch_tokens: int = 2048
+) -> Encoded:
+    """Cut a text into windows of equal length, its documents tokenised one by one and joined.
+
+    Args:
+        task: Of kind `text`.
+        tokenizer: A transformers tokenizer.
+        length: Tokens of a window, at least 2.
+        count: Most windows, at least 1.
+        first: Windows that are skipped.
+        batch_tokens: Most tokens of a batch; one window may exceed it.
+
+    Returns:
+        The windows as a perplexity task for a causal model, on the CPU: every token but a window's first is scored.
+
+    Raises:
+        TaskError: The text has not one whole window there.
+    """
+    ids: list[int] = []
+    for example in task.examples:
+        ids += prompt_tokens([example.prompt], tokenizer)[0]
+        if len(ids) >= (first + count) * length:
+            break
+    starts = range(first * length, min(len(ids), (first + count) * length) - length + 1, length)
+    if not len(starts):
+        raise TaskError(
+            f"{task.name} has {len(ids)} tokens. Window {first} of {length} tokens ends after them. "
+            "Give a longer text, or shorter or fewer windows."
+        )
+    windows = [ids[start : start + length] for start in starts]
+    items = [[Sequence_(Row(tuple(window[:-1])), tuple(range(length - 1)), tuple(window[1:]))] for window in windows]
+    pad = tokenizer.pad_token_id or 0
+    blocks = lay_out(items, "plain", kind="causal", pad=pad, batch_tokens=batch_tokens)
+    tokens = (length - 1,) * len(items)
+    return Encoded(
+        task, "causal", blocks, len(items), tokens, False, 0, tuple(map(tuple, items)), "plain", batch_tokens, pad
+    )
+
+
+class Watch(TorchFunctionMode):
+    """While it is entered, tells of every product of an activation with one of some weights."""
+
+    def __init__(self, model: nn.Module, parameters: Collection[str], seen: Seen):
+        """Watch the weights of these names."""
+        super().__init__()
+        self._weights = {
+            parameter.untyped_storage().data_ptr(): (name, parameter)
+            for name, parameter in model.named_parameters()
+            if name in parameters
+        }
+        self._seen = seen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name in _PRODUCTS and isinstance(result, Tensor):
+            weight, operand = _PRODUCTS[name]
+            place = self._place(args[weight] if len(args) > weight else kwargs.get("weight"))
+            if place is not None:
+                other = self._seen(place, args[operand] if args else kwargs["input"], result)
+                return result if other is None else other
+        return result
+
+    def _place(self, weight: Any) -> Place | None:
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            return None
+        found = self._weights.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return None
+        name, parameter = found
+        if parameter.ndim == 2:
+            return name, None
+        return name, (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+
+
+@dataclass
+class _Sums:
+    """Running sums at one place."""
+
+    tokens: int = 0
+    inputs: Tensor | None = None
+    magnitude: Tensor | None = None
+    gradients: Tensor | None = None
+    fisher: Tensor | None = None
+
+
+@dataclass
+class Collector:
+    """Adds up what weights see. Weights that read the very same input share one sum."""
+
+    gradients: bool = False
+    _sums: dict[Place, _Sums] = field(default_factory=dict)
+    _shares: dict[Place, Place] = field(default_factory=dict)
+    """Which place's inputs are those of a place."""
+    _last: tuple[Place, Tensor] | None = None
+
+    def __call__(self, place: Place, operand: Tensor, result: Tensor) -> Tensor | None:
+        """Take in one product."""
+        x = operand.detach().reshape(-1, operand.shape[-1])
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if place not in self._shares:
+            shared = self._last is not None and self._last[1] is operand and place[1] is None
+            self._shares[place] = self._shares[self._last[0]] if shared and self._last else place
+        sums = self._sums.setdefault(place, _Sums())
+        sums.tokens += len(x)
+        if self._shares[place] == place:
+            sums.inputs = _added(sums.inputs, x.T @ x)
+            sums.magnitude = _added(sums.magnitude, x.abs().sum(0))
+        self._last = (place, operand)
+        if not self.gradients:
+            return None
+        squares = x.square().sum(1)
+
+        def take(gradient: Tensor) -> None:
+            g = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
+            sums.gradients = _added(sums.gradients, g.T @ g)
+            sums.fisher = _added(sums.fisher, squares @ g.square())
+
+        if result.requires_grad:
+            result.register_hook(take)
+            return None
+        leaf = result.detach().requires_grad_()
+        leaf.register_hook(take)
+        # A copy, since the model may change its tensors in place.
+        return leaf.clone()
+
+    def moments(self, matrix: Matrix) -> Moments:
+        """Give the means of a matrix.
+
+        Args:
+            matrix: Any; where no token reached it, its moments are zero.
+
+        Returns:
+            Its moments, on the device of the model.
+        """
+        place = (matrix.parameter, matrix.expert)
+        sums = self._sums.get(place)
+        shared = self._sums.get(self._shares.get(place, place))
+        out, into = matrix.shape
+        if sums is None or shared is None or shared.inputs is None or shared.magnitude is None:
+            zero = torch.zeros(into, into, dtype=torch.float64)
+            return Moments(0, zero, zero[0], zero.new_zeros(out, out), zero.new_zeros(out))
+        gradients, fisher = sums.gradients, sums.fisher
+        if gradients is not None and fisher is not None:
+            rows = rows_of(matrix).to(gradients.device)
+            gradients = gradients[rows][:, rows] / sums.tokens
+            fisher = fisher[rows] / sums.tokens
+        return Moments(sums.tokens, shared.inputs / shared.tokens, shared.magnitude / shared.tokens, gradients, fisher)
+
+
+def collect(
+    model: nn.Module,
+    windows: Encoded,
+    matrices: Sequence[Matrix],
+    *,
+    gradients: bool = True,
+    seed: int = 0,
+) -> dict[str, Moments]:
+    """Read a calibration text with a model, and give the moments of some of its matrices.
+
+    Costs a forward and, with gradients, a backward pass over the text. The gradients are those of the loss of tokens
+    that the model itself predicts, drawn from its predictions: then half the mean of (g' D x)^2 is the divergence that
+    a change D of a weight causes, to the second order.
+
+    Args:
+        model: In evaluation mode. Not modified.
+        windows: From `read_windows`, or any encoded text.
+        matrices: Which ones; sums are held for all of them at once: (in^2 + out^2) 8 bytes each.
+        gradients: Take those at the outputs, too.
+        seed: Of the drawn tokens.
+
+    Returns:
+        By the matrix's name. A matrix that no token reached (an expert) has zeros.
+    """
+    collector = Collector(gradients)
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    watch = Watch(model, {matrix.parameter for matrix in matrices}, collector)
+    with evaluating(model), each_expert(model), torch.inference_mode(False):
+        for block in windows.blocks:
+            block = block.mapped(lambda tensor: tensor.to(device, copy=True))
+            with (
+                only_gradients_of(model, ()),
+                torch.set_grad_enabled(gradients),
+                watch,
+                only_positions(model, block.rows, block.columns) as logits_of,
+            ):
+                logits = logits_of(run_block(model, block))
+            if gradients:
+                _loss_of_drawn(logits, generator).backward()
+    return {matrix.name: collector.moments(matrix) for matrix in matrices}
+
+
+def _loss_of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum the loss of one token drawn from each prediction."""
+    logits = logits.float()
+    with torch.no_grad():
+        # By the inverse of the distribution function, so that the draws are equal on every device.
+        thresholds = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+        steps = logits.softmax(-1).double().cumsum(-1)
+        drawn = (steps < thresholds * steps[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+
+
+@contextmanager
+def each_expert(model: nn.Module) -> Iterator[None]:
+    """Let a model multiply with the weight of each expert by itself, where it has several ways.
+
+    Args:
+        model: Any transformers model. As before on leaving.
+
+    Yields:
+        Nothing.
+    """
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if before is not None:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        if before is not None:
+            config._experts_implementation = before
+
+
+def _added(sum_: Tensor | None, part: Tensor) -> Tensor:
+    part = part.double()
+    return part if sum_ is None else sum_.add_(part)

@@ -1,0 +1,710 @@
+"""Compress: the best model under a budget, in closed form, from a calibration text.
+
+Three steps. Read the text and decompose every matrix in its metric; divide the budget among the matrices; cut them
+block by block, each for the inputs that the cut blocks before it really give. What is finished is spilled, so that a
+killed compression goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from eckart import allocate
+from eckart.allocate import Choice, Curve
+from eckart.calibration import Moments, Place, collect, each_expert, read_windows
+from eckart.dataflow import evaluating, example_inputs, execution_order
+from eckart.encoding import Encoded, arrange
+from eckart.errors import MatrixError, OutputError
+from eckart.experts import FactoredExperts
+from eckart.factoring import obstacle
+from eckart.linear import bytes_stored
+from eckart.matrices import Matrix, coverage, find_blocks, find_matrices, partition, read, rows_of, select, write
+from eckart.plan import Edit, MadeBy, Plan, PlannedModel
+from eckart.prefix import PrefixCache
+from eckart.propagation import Inputs, Streams
+from eckart.recipe import CompressSettings
+from eckart.results import SCHEMA_VERSION, Measurement, mean, read_json, to_json, write_text
+from eckart.scoring import log_probabilities, score_block
+from eckart.surgery import check_finite, weights_sha256
+from eckart.tasks import Task
+from eckart.truncation import Spectrum
+from eckart.weighting import (
+    Root,
+    WeightedSpectrum,
+    as_spectrum,
+    decompose_weighted,
+    diagonal_root,
+    square_root,
+)
+
+Report = Callable[["Progress"], None]
+WINDOW = 256
+"""Tokens of a window, unless told otherwise."""
+STATISTICS_BYTES = 2**31
+"""Most bytes of moments held at once; the text is read again for what does not fit."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a compression is."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Matrices that share one rank: one, or all experts of a stack, gate and up of each joined."""
+
+    name: str
+    matrices: tuple[Matrix, ...]
+    layer: int | None
+    stack: str
+    parts: tuple[tuple[Matrix, ...], ...]
+    """What the model's list has in the place of each: itself, or the parts of an expert."""
+
+    def full(self) -> int:
+        """The largest rank."""
+        return self.matrices[0].rank
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` made: a plan and the factors that go with it."""
+
+    plan: Plan
+    factors: dict[str, Spectrum]
+    """By the matrix's name; `eckart.factor_(model, plan, factors=…)` puts them into the model."""
+    divergence: dict[str, Measurement]
+    """From the original model, on calibration windows, of every allocation that was tried."""
+    chosen: str
+    """The allocation that was."""
+    facts: dict[str, Any] = field(repr=False)
+    """`model`, `calibration`, `budget`, `matrices` and more of results.json."""
+
+    def to_results(self) -> dict[str, Any]:
+        """Give what results.json says of a compression before it is measured.
+
+        Returns:
+            A tree of dicts, lists and measurements.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "compress",
+            **self.facts,
+            "allocations": [
+                {"allocation": name, "divergence": value, "chosen": name == self.chosen}
+                for name, value in self.divergence.items()
+            ],
+            "warnings": [f"{name} stays dense: {reason}." for name, reason in self.facts["stayed_dense"].items()],
+            "recipe": self.plan.made_by.recipe,
+        }
+
+
+def compress(
+    model: nn.Module,
+    tokenizer: Any,
+    calibration: Task,
+    settings: CompressSettings,
+    *,
+    source: str = "",
+    stored: torch.dtype | None = None,
+    spill: Path | None = None,
+    progress: Report | None = None,
+) -> Compression:
+    """Find the factors that stay closest to a model under a budget.
+
+    Args:
+        model: A causal language model in evaluation mode. As before, to the bit, when this returns.
+        tokenizer: Its tokenizer.
+        calibration: A task of kind `text`.
+        settings: The budget, and how.
+        source: Where the model came from, for the plan.
+        stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
+        spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
+            everything is held in memory.
+        progress: Called before every part of the work.
+
+    Returns:
+        The plan, its factors, and what was measured.
+
+    Raises:
+        ModelError: A weight or a statistic is not finite.
+        RankError: The budget is too small.
+        TaskError: The text is too short.
+    """
+    started = time.perf_counter()
+    check_finite(model)
+    matrices = find_matrices(model)
+    units, blocked = find_units(model, matrices, settings)
+    windows = read_windows(
+        calibration,
+        tokenizer,
+        length=settings.window or WINDOW,
+        count=settings.windows,
+        batch_tokens=settings.batch_tokens,
+    )
+    work = Spill(spill)
+    work.check(
+        {
+            "weights": weights_sha256(model),
+            "text": calibration.sha256,
+            "settings": json.loads(settings.model_dump_json()),
+            "eckart": version("eckart"),
+        }
+    )
+    tell = progress or (lambda _: None)
+    run = _Run(model, tokenizer, settings, windows, units, work, tell, stored)
+    with evaluating(model), each_expert(model):
+        curves = run.curves()
+        budget = run.budget(curves)
+        allocate.check_budget(curves, budget)
+        chosen, choice, divergence = run.choose(curves, budget)
+        ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+        factors = _of_parts(units, run.factors(ranks))
+    edits = [
+        _edit(part, min(ranks[unit.name], part.rank), settings)
+        for unit in units
+        for parts in unit.parts
+        for part in parts
+        if ranks[unit.name] < unit.full()
+    ]
+    plan = Plan(
+        model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
+        edits=tuple(edits),
+        made_by=MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json")),
+    )
+    by_name = {curve.name: curve for curve in curves}
+    facts = {
+        "model": {
+            "source": source,
+            "architecture": type(model).__name__,
+            "weights_sha256": work.about["weights"],
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "coverage": coverage(model, matrices),
+        },
+        "calibration": {"name": calibration.name, "windows": windows.count, "tokens": sum(windows.tokens)},
+        "budget": {
+            "unit": "bytes" if settings.bytes is not None else "numbers",
+            "allowed": budget,
+            "spent": allocate.cost_of(curves, choice),
+            "dense": float(sum(curve.costs[-1] for curve in curves)),
+        },
+        "matrices": [
+            {
+                "matrix": unit.name,
+                "layer": unit.layer,
+                "type": unit.matrices[0].type,
+                "shape": unit.matrices[0].shape,
+                "count": len(unit.matrices),
+                "rank": ranks[unit.name],
+                "cost": float(by_name[unit.name].costs[choice[unit.name]]),
+                "dense": float(by_name[unit.name].costs[-1]),
+            }
+            for unit in units
+        ],
+        "stayed_dense": blocked,
+        "roots": run.roots,
+        "seconds": {"compress": time.perf_counter() - started},
+    }
+    return Compression(plan, factors, divergence, chosen, facts)
+
+
+def find_units(
+    model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings
+) -> tuple[list[Unit], dict[str, str]]:
+    """List what gets a rank of its own.
+
+    Args:
+        model: The model. Not modified.
+        matrices: From `find_matrices`.
+        settings: `types`.
+
+    Returns:
+        The units, and matrices that must stay dense with the reason.
+
+    Raises:
+        MatrixError: Nothing is left.
+    """
+    blocked: dict[str, str] = {}
+    whole: dict[Place, list[Matrix]] = {}
+    for matrix in partition(matrices):
+        whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
+    experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
+    units = []
+    for matrix in select(partition(matrices), types=settings.types):
+        reason = obstacle(model, matrix.parameter)
+        siblings = tuple(whole[matrix.parameter, matrix.expert])
+        if reason is not None:
+            blocked[matrix.name] = reason
+        elif matrix.expert is None:
+            units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
+        elif matrix is siblings[0]:
+            # One rank serves all rows of an expert, so they are cut as one matrix.
+            out = sum(part.shape[0] for part in siblings)
+            name = f"{matrix.parameter}[{matrix.expert}]"
+            joined = (
+                matrix if len(siblings) == 1 else replace(matrix, name=name, shape=(out, matrix.shape[1]), rows=None)
+            )
+            experts.setdefault(matrix.parameter, []).append((joined, siblings))
+    for name, each in experts.items():
+        first = each[0][0]
+        units.append(Unit(name, tuple(m for m, _ in each), first.layer, first.stack, tuple(parts for _, parts in each)))
+    if not units:
+        raise MatrixError(
+            f"Every matrix of these types must stay dense: {next(iter(blocked.values()), 'there is none')}. "
+            "Linear layers and stacks of experts can be factored. Change --types."
+        )
+    return units, blocked
+
+
+def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
+    """Count what a unit takes at every rank: numbers under a ratio, bytes under a budget of bytes.
+
+    Args:
+        unit: One matrix, or experts.
+        ranks: From 1 to the largest.
+        settings: `storage`, and which budget.
+        dtype: Of the weights.
+
+    Returns:
+        float64; at the largest rank the dense weight's.
+    """
+    out, into = unit.matrices[0].shape
+    count, full = len(unit.matrices), unit.full()
+    in_bytes = settings.bytes is not None
+    size = dtype.itemsize if in_bytes else 1
+    stacked = unit.matrices[0].expert is not None
+
+    def cost(rank: int) -> float:
+        if rank == full:
+            return size * out * into * count
+        if stacked:
+            return size * FactoredExperts.rounded(rank) * (out + into) * count
+        numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
+        order = 8 * out if settings.storage == "pivoted" else 0
+        return numbers if in_bytes else (numbers - order) / dtype.itemsize
+
+    return np.array([cost(int(rank)) for rank in ranks], dtype=np.float64)
+
+
+class _Run:
+    """One compression: what its steps share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        settings: CompressSettings,
+        windows: Encoded,
+        units: list[Unit],
+        work: Spill,
+        tell: Report,
+        stored: torch.dtype | None,
+    ):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.units, self.work, self.tell = units, work, tell
+        self.dtype = stored or next(model.parameters()).dtype
+        self.device = next(model.parameters()).device
+        self.windows = self._here(windows)
+        self.few = self._here(_first(windows, settings.measured))
+        self.order = self._order()
+        self.roots: dict[str, int] = {}
+
+    def _here(self, windows: Encoded) -> Encoded:
+        blocks = tuple(block.mapped(lambda tensor: tensor.to(self.device)) for block in windows.blocks)
+        return replace(windows, blocks=blocks)
+
+    def _order(self) -> list[tuple[str, str]]:
+        """Blocks in the order in which they run, with their lists."""
+        stacks = {path: stack for path, stack, _ in find_blocks(self.model)}
+        ran = execution_order(self.model, stacks, example_inputs(self.model))
+        return [(path, stacks[path]) for path in ran]
+
+    # Step 1: decompose.
+
+    def spectra(self, unit: Unit) -> list[WeightedSpectrum]:
+        """The decompositions of a unit, which `curves` made before."""
+        found = self.work.tensors(unit.name)
+        assert found is not None
+        return [
+            WeightedSpectrum(*(found[f"{part}.{number}"].double() for part in ("left", "S", "right")))
+            for number in range(len(unit.matrices))
+        ]
+
+    def curves(self) -> list[Curve]:
+        """Decompose every matrix in its metric; give cost and error at every allowed rank."""
+        missing = [unit for unit in self.units if self.work.tensors(unit.name) is None]
+        for group in _groups(missing):
+            self.tell(Progress("reading", len(self.units) - len(missing), len(self.units)))
+            matrices = [matrix for unit in group for matrix in unit.matrices]
+            moments: dict[str, Moments] = {}
+            if self.settings.method != "svd":
+                gradients = self.settings.method in ("fwsvd", "double", "propagated")
+                moments = collect(self.model, self.windows, matrices, gradients=gradients, seed=self.settings.seed)
+            for unit in group:
+                self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
+                self.work.keep(unit.name, self._decompose(unit, moments))
+        return [self._curve(unit) for unit in self.units]
+
+    def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for number, matrix in enumerate(unit.matrices):
+            left, right = self._metric(moments.get(matrix.name))
+            spectrum = decompose_weighted(read(self.model, matrix), left, right)
+            kept[f"left.{number}"], kept[f"right.{number}"] = spectrum.left.float(), spectrum.right.float()
+            kept[f"S.{number}"] = spectrum.S
+            if left is not None and self.settings.method == "propagated":
+                gradients = moments[matrix.name].gradients
+                assert gradients is not None
+                kept[f"gradients.{number}"] = gradients.float()
+        return kept
+
+    def _metric(self, moments: Moments | None) -> tuple[Root | None, Root | None]:
+        """The roots of the metric of a matrix, by the method."""
+        method, settings = self.settings.method, self.settings
+        if method == "svd" or moments is None:
+            return None, None
+        if method == "fwsvd":
+            assert moments.fisher is not None
+            return self._noted(diagonal_root(moments.fisher.sqrt())), None
+        if method == "asvd":
+            return None, self._noted(diagonal_root(moments.magnitude**settings.alpha))
+        if method == "whiten":
+            return None, self._noted(square_root(moments.inputs))
+        assert moments.gradients is not None
+        left = self._noted(square_root(moments.gradients, shrinkage=settings.output_shrinkage))
+        return left, self._noted(square_root(moments.inputs, shrinkage=settings.input_shrinkage))
+
+    def _noted(self, root: Root) -> Root:
+        self.roots[root.how] = self.roots.get(root.how, 0) + 1
+        return root
+
+    def _curve(self, unit: Unit) -> Curve:
+        tails = np.zeros(unit.full() + 1)
+        for spectrum in self.spectra(unit):
+            squares = spectrum.S.cpu().numpy() ** 2
+            tails[:-1] += squares[::-1].cumsum()[::-1]
+        full, multiple = unit.full(), self.settings.multiple
+        ranks = np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
+        costs = costs_of(unit, ranks, self.settings, self.dtype)
+        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense.
+        allowed = (costs < costs[-1]) | (ranks == full)
+        ranks, costs = ranks[allowed], costs[allowed]
+        # Of equal costs the largest rank (stacked experts are rounded up).
+        last = np.append(np.diff(costs) > 0, True)
+        return Curve(unit.name, ranks[last], costs[last], tails[ranks[last]], unit.matrices[0].type)
+
+    # Step 2: divide the budget.
+
+    def budget(self, curves: Sequence[Curve]) -> float:
+        """What the units may take together."""
+        dense = sum(float(curve.costs[-1]) for curve in curves)
+        if self.settings.ratio is not None:
+            return self.settings.ratio * dense
+        assert self.settings.bytes is not None
+        whole = sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
+        return self.settings.bytes - (whole - dense)
+
+    def choose(self, curves: list[Curve], budget: float) -> tuple[str, Choice, dict[str, Measurement]]:
+        """Try allocations and keep the one that diverges least on calibration windows."""
+        wanted = self.settings.allocate
+        candidates: dict[str, Choice] = {"uniform": allocate.uniform(curves, budget)}
+        floor = self.settings.floor
+        if wanted in ("auto", "tail"):
+            candidates["tail"] = allocate.water_fill(curves, budget, floor=floor)
+        if wanted in ("auto", "measured"):
+            measured = self.measured(curves, budget)
+            candidates["measured"] = allocate.water_fill(measured, budget, floor=floor)
+        reference = self.reference()
+        found: dict[str, Measurement] = {}
+        for number, (name, choice) in enumerate(candidates.items()):
+            self.tell(Progress("comparing allocations", number, len(candidates)))
+            key = f"divergence of {name}"
+            values = self.work.numbers(key)
+            if values is None:
+                values = self.divergence_of(curves, choice, reference)
+                self.work.note(key, values)
+            found[name] = mean(np.array(values), "nats/token")
+        best = min(found, key=lambda name: (found[name].value, name != "uniform"))
+        return best, candidates[best], found
+
+    def reference(self) -> list[Tensor]:
+        """The original model's predictions on the few windows on which divergence is measured."""
+        return [log_probabilities(self.model, self.few, index) for index in range(len(self.few.blocks))]
+
+    def divergence_of(self, curves: Sequence[Curve], choice: Choice, reference: Sequence[Tensor]) -> list[float]:
+        """Divergence of every window with all units cut at once."""
+        ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+        with restored(self.model, [matrix for unit in self.units for matrix in unit.matrices]):
+            for unit in self.units:
+                self._cut(unit, ranks[unit.name])
+            return self._divergence(reference)
+
+    def _divergence(self, reference: Sequence[Tensor], forward: Callable[[int], Any] | None = None) -> list[float]:
+        found: list[float] = []
+        for index, expected in enumerate(reference):
+            scores = score_block(self.model, self.tokenizer, self.few, index, reference=expected, forward=forward)
+            found += scores.loss
+        return [value if np.isfinite(value) else 1e30 for value in found]
+
+    def _cut(self, unit: Unit, rank: int) -> None:
+        if rank == unit.full():
+            return
+        for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
+            up, down = spectrum.factors(rank)
+            write(self.model, matrix, up @ down)
+
+    def measured(self, curves: Sequence[Curve], budget: float) -> list[Curve]:
+        """Scale every curve to the divergence measured with that unit alone cut, at two ranks."""
+        both = [allocate.uniform(curves, budget), allocate.uniform(curves, 0.5 * budget)]
+        reference = self.reference()
+        names = {unit.name: unit for unit in self.units}
+        by_name = {curve.name: curve for curve in curves}
+        found: dict[str, list[tuple[int, float]]] = {}
+        cache = PrefixCache(self.model, self.order, self.few.blocks)
+        places = [path for path, _ in self.order]
+        ordered = sorted(self.units, key=lambda unit: self._depth(unit, places))
+        for number, unit in enumerate(ordered):
+            self.tell(Progress("measuring", number, len(ordered)))
+            curve = by_name[unit.name]
+            points = []
+            for choice in both:
+                index = choice[unit.name]
+                key = f"divergence of {unit.name} at {int(curve.ranks[index])}"
+                values = self.work.numbers(key)
+                if values is None and index < len(curve.ranks) - 1:
+                    while cache.depth < self._depth(unit, places):
+                        cache.advance()
+                    with restored(self.model, names[unit.name].matrices):
+                        self._cut(unit, int(curve.ranks[index]))
+                        values = self._divergence(reference, cache.forward)
+                    self.work.note(key, values)
+                if values is not None:
+                    points.append((index, float(np.mean(values))))
+            found[unit.name] = points
+        return [allocate.calibrated(curve, found[curve.name]) for curve in curves]
+
+    def _depth(self, unit: Unit, places: Sequence[str]) -> int:
+        return next((i for i, path in enumerate(places) if path == f"{unit.stack}.{unit.layer}"), 0)
+
+    # Step 3: cut.
+
+    def factors(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
+        """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
+        if self.settings.method == "propagated":
+            return self._propagated(ranks)
+        found: dict[str, Spectrum] = {}
+        for unit in self.units:
+            if ranks[unit.name] < unit.full():
+                for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
+                    found[matrix.name] = _narrow(as_spectrum(*spectrum.factors(ranks[unit.name])))
+        return found
+
+    def _propagated(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
+        """Cut block by block, for the inputs that the cut model gives."""
+        found: dict[str, Spectrum] = {}
+        units = {matrix.name: unit for unit in self.units for matrix in unit.matrices}
+        cut = [matrix for unit in self.units if ranks[unit.name] < unit.full() for matrix in unit.matrices]
+        streams = Streams(self.model, self.order, self.windows.blocks)
+        with restored(self.model, cut):
+            for depth, (path, _) in enumerate(self.order):
+                self.tell(Progress("cutting", depth, len(self.order)))
+                mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
+                streams.enter(mine)
+                kept = self.work.tensors(f"factors of {path}")
+                if kept is None:
+                    kept = {}
+                    for group in streams.groups():
+                        inputs = streams.inputs(group)
+                        for matrix in group:
+                            unit = units[matrix.name]
+                            up, down = self._fit(streams.original(matrix), unit, matrix, inputs[matrix.name]).factors(
+                                ranks[unit.name]
+                            )
+                            write(self.model, matrix, up @ down)
+                            kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
+                    self.work.keep(f"factors of {path}", kept)
+                for matrix in mine:
+                    up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
+                    write(self.model, matrix, up @ down)
+                    found[matrix.name] = _narrow(as_spectrum(up, down))
+                streams.advance()
+        for unit in self.units:  # outside the blocks
+            if ranks[unit.name] < unit.full() and unit.matrices[0].name not in found:
+                for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
+                    found[matrix.name] = _narrow(as_spectrum(*spectrum.factors(ranks[unit.name])))
+        return found
+
+    def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs) -> WeightedSpectrum:
+        """Decompose a matrix for the inputs it gets: |W x - W' y| in the metric of its outputs."""
+        settings = self.settings
+        spilled = self.work.tensors(unit.name)
+        assert spilled is not None
+        gradients = spilled[f"gradients.{unit.matrices.index(matrix)}"]
+        left = self._noted(square_root(gradients, shrinkage=settings.output_shrinkage))
+        right = self._noted(square_root(inputs.after, shrinkage=settings.input_shrinkage))
+        if right.how == "identity":
+            return decompose_weighted(weight, left, right)
+        share = settings.input_shrinkage
+        aim = torch.lerp(inputs.after, inputs.cross, settings.propagation) * (1 - share)
+        aim.diagonal().add_(share * inputs.after.diagonal().mean())
+        # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
+        return decompose_weighted(right.solve_after(weight.double() @ aim), left, right)
+
+
+class Spill:
+    """What is finished: tensors and lists of numbers by name, in a folder or in memory."""
+
+    def __init__(self, folder: Path | None):
+        """Open a folder, which is made where it is missing."""
+        self.folder = folder
+        self.about: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        self._numbers: dict[str, Any] = {}
+
+    def check(self, about: dict[str, Any]) -> None:
+        """Refuse a folder that holds the work of another compression, and take up what this one finished.
+
+        Raises:
+            OutputError: It was begun with other weights, text, settings or code.
+        """
+        self.about = about
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "about.json"
+        if path.exists():
+            before = read_json(path)
+            differing = [name for name in about if before.get(name) != about[name]]
+            if differing:
+                raise OutputError(
+                    f"{self.folder} holds an unfinished compression with other {', '.join(differing)}. "
+                    "Work goes on only where nothing changed. Choose another --out, or remove the folder."
+                )
+        else:
+            write_text(path, to_json(about))
+        numbers = self.folder / "numbers.json"
+        self._numbers = read_json(numbers) if numbers.exists() else {}
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Give tensors that were kept, mapped from their file; None where there are none."""
+        if self.folder is None:
+            return self._tensors.get(name)
+        path = self._path(name)
+        return load_file(path) if path.exists() else None
+
+    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors; the file appears whole."""
+        if self.folder is None:
+            self._tensors[name] = tensors
+            return
+        path = self._path(name)
+        part = path.with_suffix(".part")
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
+        os.replace(part, path)
+
+    def numbers(self, name: str) -> Any:
+        """Give numbers that were kept, or None."""
+        return self._numbers.get(name)
+
+    def note(self, name: str, numbers: Any) -> None:
+        """Keep numbers."""
+        self._numbers[name] = numbers
+        if self.folder is not None:
+            write_text(self.folder / "numbers.json", json.dumps(self._numbers))
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+
+
+@contextmanager
+def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
+    """Give a model its weights back on leaving, to the bit.
+
+    Args:
+        model: Its matrices may be written inside the `with` block.
+        matrices: Those that may be.
+
+    Yields:
+        Nothing.
+    """
+    originals = [(matrix, read(model, matrix)) for matrix in matrices]
+    try:
+        yield
+    finally:
+        for matrix, weight in originals:
+            write(model, matrix, weight)
+
+
+def _edit(matrix: Matrix, rank: int, settings: CompressSettings) -> Edit:
+    return Edit(
+        matrix=matrix.name,
+        layer=matrix.layer,
+        type=matrix.type,
+        shape=matrix.shape,
+        rho=rank / matrix.rank,
+        rank=rank,
+        weighting="none" if settings.method == "svd" else settings.method,
+        stack=matrix.stack,
+    )
+
+
+def _of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+    """Divide the factors of joined experts among their parts, which go on sharing `Vh`."""
+    found = {}
+    for unit in units:
+        for matrix, parts in zip(unit.matrices, unit.parts):
+            if matrix.name in factors and parts == (matrix,):
+                found[matrix.name] = factors[matrix.name]
+            elif matrix.name in factors:
+                spectrum = factors[matrix.name]
+                for part in parts:
+                    found[part.name] = replace(spectrum, U=spectrum.U[rows_of(part).to(spectrum.U.device)])
+    return found
+
+
+def _narrow(spectrum: Spectrum) -> Spectrum:
+    return Spectrum(spectrum.U.float(), spectrum.S.float(), spectrum.Vh.float())
+
+
+def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+    """Divide units, in order, into runs whose moments fit into memory together."""
+    group: list[Unit] = []
+    held = 0
+    for unit in units:
+        size = sum(8 * (matrix.shape[0] ** 2 + matrix.shape[1] ** 2) for matrix in unit.matrices)
+        if group and held + size > STATISTICS_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(unit)
+        held += size
+    if group:
+        yield group
+
+
+def _first(windows: Encoded, count: int) -> Encoded:
+    """Some windows, evenly spread."""
+    count = min(count, windows.count)
+    chosen = [number * windows.count // count for number in range(count)]
+    strata = [0 if number in chosen else 1 for number in range(windows.count)]
+    kept = arrange(windows, strata=strata)
+    blocks = tuple(block for block in kept.blocks if set(block.examples) <= set(chosen))
+    return replace(kept, blocks=blocks)

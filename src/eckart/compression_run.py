@@ -1,0 +1,134 @@
+"""A compression's folder: resumed, and filled so that results.json is there only when all the rest is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eckart.calibration import read_windows
+from eckart.checkpoint import check_empty, load, load_model, save, stored_dtype, temporary_folder
+from eckart.compression import WINDOW, compress
+from eckart.errors import TaskError
+from eckart.factoring import factor_
+from eckart.plan import write_plan
+from eckart.quantizer import sizes
+from eckart.recipe import CompressSettings, write_recipe
+from eckart.report import render
+from eckart.results import Measurement, environment, to_json, write_text
+from eckart.scoring import prepare, rearrange, score, summarize
+from eckart.tasks import Task, read_task, read_text
+
+WORK = "work"
+"""Folder of what an unfinished compression has finished."""
+WINDOWS_MEASURED = 64
+"""Windows of a text on which a compressed model is measured."""
+
+
+def run_compress(
+    source: str,
+    calibration: Path,
+    out: Path,
+    settings: CompressSettings,
+    *,
+    texts: Sequence[Path] = (),
+    tasks: Sequence[Path] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Compress a model, and write `plan.json`, `results.json`, `recipe.yaml`, `report.html` and `model/`.
+
+    What is finished lies in `out/work` until the end; the same command goes on from there.
+
+    Args:
+        source: Folder or hub id of the model.
+        calibration: A text file. Windows of it beyond those that are read measure the result.
+        out: The run's folder: new, empty, or holding an unfinished compression with the same settings.
+        settings: The budget, and how.
+        texts: Other text files on which perplexity is measured before and after.
+        tasks: Task files that are measured before and after.
+        device: As for `eckart.load`.
+        dtype: Of the computation, as for `eckart.load`; the folder is written in the dtype of the original.
+        progress: Called with an `eckart.compression.Progress` before every part of the work.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        EckartError: Bad input, or the folder cannot be written.
+    """
+    begun = compression_begun(out)
+    if not begun:
+        check_empty(out)
+    text = read_text(calibration)
+    measured = [read_text(path) for path in texts] + [read_task(path) for path in tasks]
+    started = time.perf_counter()
+    model, tokenizer = load(source, device=device, dtype=dtype)
+    stored = stored_dtype(source, model)
+    found = compress(
+        model, tokenizer, text, settings, source=source, stored=stored, spill=out / WORK, progress=progress
+    )
+    compressed = time.perf_counter()
+    before = _quality(model, tokenizer, text, measured, settings)
+    folder = out / "model"
+    if not folder.exists():
+        small = load_model(source, device=device, dtype="stored")
+        with temporary_folder(folder) as spill:
+            mapped = spill if small.device.type == "cpu" else None
+            factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
+            save(small, folder, tokenizer, found.plan)
+    small = load_model(str(folder), device=device, dtype=dtype)
+    after = _quality(small, tokenizer, text, measured, settings)
+    size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored"))
+    results = found.to_results() | {
+        "size": {"before": dense, "after": size},
+        "quality": [{"name": name, "before": rows, "after": after[name]} for name, rows in before.items()],
+        "seconds": {"compress": compressed - started, "total": time.perf_counter() - started},
+        "environment": environment(),
+    }
+    write_plan(out / "plan.json", found.plan)
+    write_text(out / "recipe.yaml", write_recipe(settings))
+    text_of_results = to_json(results)
+    write_text(out / "report.html", render(json.loads(text_of_results)))
+    write_text(out / "results.json", text_of_results)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return results
+
+
+def compression_begun(out: Path) -> bool:
+    """Tell whether a folder holds a compression that was interrupted.
+
+    Args:
+        out: The folder; it need not exist.
+
+    Returns:
+        Whether it does.
+    """
+    return (out / WORK).is_dir() and not (out / "results.json").exists()
+
+
+def _quality(
+    model: Any, tokenizer: Any, text: Task, measured: Sequence[Task], settings: CompressSettings
+) -> dict[str, dict[str, Measurement]]:
+    """Perplexity on unread windows of the calibration text, and on whatever else was given."""
+    window = settings.window or WINDOW
+    found = {}
+    for number, task in enumerate((text, *measured)):
+        if task.kind != "text":
+            encoded = prepare(model, tokenizer, task, batch_tokens=settings.batch_tokens)
+        else:
+            first = 0 if number else settings.windows
+            try:
+                encoded = read_windows(task, tokenizer, length=window, count=WINDOWS_MEASURED, first=first)
+            except TaskError:
+                if number:
+                    raise
+                continue  # the text ends with the windows that were read
+            encoded = rearrange(model, encoded)
+        name = task.name if number else f"{task.name}, windows that were not read"
+        found[name] = summarize(encoded, score(model, tokenizer, encoded, normalize=settings.normalize))
+    return found

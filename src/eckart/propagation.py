@@ -1,0 +1,151 @@
+"""The inputs that matrices get from the cut blocks before them, beside those that they got from the original ones.
+
+Two streams of the calibration text run through one model, a block at a time: what enters the current block is kept for
+both, and the current block runs with its original or its cut weights. Notation: x is an input in the original
+stream, y the input of the same weight at the same token in the cut one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eckart.calibration import Place, Watch
+from eckart.layout import Block
+from eckart.matrices import Matrix, part_of
+from eckart.prefix import PrefixCache
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Second moments of what one weight reads."""
+
+    tokens: int
+    """In the cut stream."""
+    after: Tensor
+    """Mean y y', shape (in, in), float64."""
+    cross: Tensor
+    """Mean x y'; equal to `after` where tokens cannot be paired, as for experts, which see other tokens then."""
+
+
+class Streams:
+    """Both streams at the current block; moves forward one block at a time."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[tuple[str, str]], batches: Sequence[Block]):
+        """Start at the first block.
+
+        Args:
+            model: In evaluation mode, with its original weights from the current block on.
+            blocks: (path, path of its list) in the order of execution.
+            batches: What the model reads, on its device.
+        """
+        self.model, self._blocks, self._batches = model, blocks, batches
+        self._before = PrefixCache(model, blocks, batches)
+        self._after = PrefixCache(model, blocks, batches)
+        self._matrices: Sequence[Matrix] = ()
+        self._originals: dict[str, Tensor] = {}
+
+    def enter(self, matrices: Sequence[Matrix]) -> None:
+        """Name the matrices of the current block that will be cut, while it still has its original weights."""
+        self._matrices = matrices
+        names = {matrix.parameter for matrix in matrices}
+        self._originals = {name: self.model.get_parameter(name).detach().clone() for name in names}
+
+    def original(self, matrix: Matrix) -> Tensor:
+        """Give a matrix of the current block as it was, shape (out, in)."""
+        return part_of(self._originals[matrix.parameter], matrix)
+
+    def groups(self) -> list[list[Matrix]]:
+        """Divide the matrices of the current block by what they read, in the order in which it is read."""
+        order: list[Place] = []
+        operands: list[Tensor] = []
+
+        def seen(place: Place, operand: Tensor, _result: Tensor) -> None:
+            if place not in order:
+                order.append(place)
+                operands.append(operand)
+
+        with torch.inference_mode(), Watch(self.model, self._originals, seen):
+            self._run(self._after, 0)
+        keys: dict[Place, object] = {
+            place: place[0] if place[1] is not None else id(operand) for place, operand in zip(order, operands)
+        }
+        groups: dict[object, list[Matrix]] = {keys[place]: [] for place in order}
+        for matrix in self._matrices:  # an expert that no token reached goes with its siblings
+            groups.setdefault(keys.get((matrix.parameter, matrix.expert), matrix.parameter), []).append(matrix)
+        return [group for group in groups.values() if group]
+
+    def inputs(self, group: Sequence[Matrix]) -> dict[str, Inputs]:
+        """Run both streams through the current block, and give the moments of what some matrices read.
+
+        Args:
+            group: Of `groups`; what they read depends on no matrix that is still to be cut.
+
+        Returns:
+            By the matrix's name.
+        """
+        places = {(matrix.parameter, matrix.expert) for matrix in group}
+        parameters = {matrix.parameter for matrix in group}
+        # Of weights that read the very same input, one is enough.
+        shared = len(parameters) > 1
+        watched = {min(parameters)} if shared else parameters
+        sums: dict[Place, tuple[int, Tensor, Tensor]] = {}
+        for index in range(len(self._batches)):
+            before, after = {}, {}
+            with self._original_weights():
+                self._observe(self._before, index, watched, before)
+            self._observe(self._after, index, watched, after)
+            for place, y in after.items():
+                x = before.get(place)
+                square = (y.T @ y).double()
+                paired = place[1] is None and x is not None and x.shape == y.shape
+                cross = (x.T @ y).double() if paired and x is not None else square
+                tokens, a, b = sums.get(place, (0, torch.zeros_like(square), torch.zeros_like(square)))
+                sums[place] = tokens + len(y), a + square, b + cross
+        found = {}
+        for matrix in group:
+            place = (min(watched), None) if shared else (matrix.parameter, matrix.expert)
+            assert (matrix.parameter, matrix.expert) in places
+            into = matrix.shape[1]
+            tokens, square, cross = sums.get(place, (0, torch.zeros(into, into), torch.zeros(into, into)))
+            found[matrix.name] = Inputs(tokens, square.double() / max(tokens, 1), cross.double() / max(tokens, 1))
+        return found
+
+    def advance(self) -> None:
+        """Go on to the next block; the current one has its cut weights."""
+        with torch.inference_mode():
+            with self._original_weights():
+                self._before.advance()
+            self._after.advance()
+        self._originals, self._matrices = {}, ()
+
+    def _run(self, cache: PrefixCache, index: int) -> None:
+        path, _ = self._blocks[cache.depth]
+        cache.outputs(self.model.get_submodule(path), index)
+
+    def _observe(self, cache: PrefixCache, index: int, watched: set[str], found: dict[Place, Tensor]) -> None:
+        parts: dict[Place, list[Tensor]] = {}
+
+        def seen(place: Place, operand: Tensor, _result: Tensor) -> None:
+            x = operand.reshape(-1, operand.shape[-1])
+            parts.setdefault(place, []).append(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+        with torch.inference_mode(), Watch(self.model, watched, seen):
+            self._run(cache, index)
+        found.update({place: torch.cat(each) for place, each in parts.items()})
+
+    @contextmanager
+    def _original_weights(self) -> Iterator[None]:
+        """Let the current block have its original weights for a while."""
+        now = {name: self.model.get_parameter(name).data for name in self._originals}
+        for name, original in self._originals.items():
+            self.model.get_parameter(name).data = original
+        try:
+            yield
+        finally:
+            for name, cut in now.items():
+                self.model.get_parameter(name).data = cut

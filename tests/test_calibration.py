@@ -1,0 +1,136 @@
+"""What weights see, by watching products, equals what hooks on modules see; experts are told apart."""
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_models as tiny
+from eckart.calibration import collect, each_expert, read_windows
+from eckart.dataflow import example_inputs, execution_order
+from eckart.errors import TaskError
+from eckart.matrices import find_blocks, find_matrices, partition
+from eckart.propagation import Streams
+from eckart.tasks import Example, make_task
+
+
+def text(words=200, seed=0):
+    return make_task("text", [Example(tiny.sentence(words, seed), None), Example(tiny.sentence(words, seed + 1), None)])
+
+
+def windows(count=4, length=12, **options):
+    return read_windows(text(), tiny.tokenizer(), length=length, count=count, **options)
+
+
+def test_windows_are_the_joined_documents_cut_to_one_length():
+    tokenizer = tiny.tokenizer()
+    ids = [token for example in text().examples for token in tokenizer(example.prompt).input_ids]
+    found = read_windows(text(), tokenizer, length=9, count=3, first=2)
+    rows = sorted((*sequences[0].row.ids, sequences[0].targets[-1]) for sequences in found.sequences)
+    assert rows == sorted(tuple(ids[start : start + 9]) for start in (18, 27, 36))
+
+
+def test_a_text_that_is_too_short_is_refused():
+    with pytest.raises(TaskError, match="longer text"):
+        windows(first=100)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "opt", "gpt_neox", "falcon"])
+def test_moments_are_those_that_hooks_on_the_modules_see(name):
+    model = tiny.build(name)
+    matrices = [m for m in partition(find_matrices(model)) if m.rows is None]
+    inputs, gradients, handles = {}, {}, []
+    for matrix in matrices:
+        module = model.get_submodule(matrix.parameter.removesuffix(".weight"))
+        assert isinstance(module, nn.Linear)
+
+        def entering(_module, args, output, key=matrix.name):
+            inputs.setdefault(key, []).append(args[0].detach().flatten(0, -2).double())
+            if output.requires_grad:
+                output.register_hook(lambda g: gradients.setdefault(key, []).append(g.flatten(0, -2).double()))
+
+        handles.append(module.register_forward_hook(entering))
+    found = collect(model, windows(), matrices)
+    for handle in handles:
+        handle.remove()
+    for matrix in matrices:
+        x, moments = torch.cat(inputs[matrix.name]), found[matrix.name]
+        assert moments.tokens == len(x) == 4 * 11
+        torch.testing.assert_close(moments.inputs, x.T @ x / len(x), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moments.magnitude, x.abs().mean(0), atol=1e-5, rtol=1e-4)
+        g = torch.cat(gradients[matrix.name])
+        torch.testing.assert_close(moments.gradients, g.T @ g / len(x), atol=1e-6, rtol=1e-3)
+        fisher = (g**2 * (x**2).sum(1, keepdim=True)).mean(0)
+        torch.testing.assert_close(moments.fisher, fisher, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+def test_every_matrix_of_every_causal_layout_is_seen(name):
+    model = tiny.build(name)
+    matrices = partition(find_matrices(model))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = collect(model, windows(6, 20), matrices)
+    for matrix in matrices:
+        moments = found[matrix.name]
+        out, into = matrix.shape
+        assert moments.inputs.shape == (into, into)
+        assert moments.gradients.shape == (out, out)
+        assert moments.tokens == 6 * 19 or matrix.expert is not None
+        assert float(moments.inputs.trace()) > 0
+        assert float(moments.gradients.trace()) > 0
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_every_token_goes_to_as_many_experts_as_the_router_chooses():
+    model = tiny.build("mixtral")
+    matrices = [m for m in partition(find_matrices(model)) if m.expert is not None]
+    found = collect(model, windows(), matrices, gradients=False)
+    for layer in range(3):
+        for kind in ("fc_in", "fc_out"):
+            tokens = [found[m.name].tokens for m in matrices if m.layer == layer and m.type == kind]
+            assert sum(tokens) == 2 * 4 * 11
+
+
+def test_the_divergence_of_a_small_change_is_half_the_mean_square_that_gradients_tell():
+    """The gradients are those of drawn tokens, so the second order holds in expectation: many draws, wide tolerance."""
+    model = tiny.build("llama")
+    (matrix,) = [m for m in partition(find_matrices(model)) if m.name == "model.layers.2.mlp.down_proj"]
+    encoded = windows(16, 12)
+    change = 0.02 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ids = torch.tensor([sequences[0].row.ids for sequences in encoded.sequences])
+    outputs = []
+    for sign in (0, 1):
+        weight = model.get_parameter(matrix.parameter)
+        with torch.no_grad():
+            weight.add_((sign * change).float())
+            outputs.append(model(input_ids=ids).logits.double().log_softmax(-1))
+            weight.sub_((sign * change).float())
+    divergence = float((outputs[0].exp() * (outputs[0] - outputs[1])).sum(-1).mean())
+    predicted = []
+    for seed in range(8):
+        moments = collect(model, encoded, [matrix], seed=seed)[matrix.name]
+        predicted.append(0.5 * float(torch.trace(moments.gradients @ change @ moments.inputs @ change.T)))
+    # Inputs and gradients are not independent, which the Kronecker form takes them to be.
+    assert sum(predicted) / 8 == pytest.approx(divergence, rel=0.35)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "mixtral"])
+def test_uncut_streams_are_equal_and_see_what_a_plain_pass_sees(name):
+    model = tiny.build(name)
+    matrices = partition(find_matrices(model))
+    encoded = windows()
+    plain = collect(model, encoded, matrices, gradients=False)
+    stacks = {path: stack for path, stack, _ in find_blocks(model)}
+    order = [(path, stacks[path]) for path in execution_order(model, stacks, example_inputs(model))]
+    streams = Streams(model, order, encoded.blocks)
+    with each_expert(model):
+        for path, _ in order:
+            mine = [m for m in matrices if m.parameter.startswith(f"{path}.")]
+            streams.enter(mine)
+            groups = streams.groups()
+            assert sorted(m.name for group in groups for m in group) == sorted(m.name for m in mine)
+            for group in groups:
+                for matrix_name, found in streams.inputs(group).items():
+                    torch.testing.assert_close(found.after, plain[matrix_name].inputs, atol=1e-5, rtol=1e-4)
+                    torch.testing.assert_close(found.cross, found.after, atol=1e-6, rtol=1e-5)
+            streams.advance()

@@ -1,0 +1,251 @@
+"""Compression: within the budget, resumable, for every layout and whatever the statistics."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import eckart
+import tiny_models as tiny
+from eckart.compression import compress, find_units
+from eckart.errors import MatrixError, OutputError, PlanError, RankError
+from eckart.factoring import factor_
+from eckart.linear import LowRankLayer
+from eckart.matrices import find_matrices, partition
+from eckart.recipe import CompressSettings
+from eckart.surgery import apply_, weights_sha256
+from eckart.tasks import Example, make_task
+
+METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
+
+
+def text(words=300):
+    return make_task("text", [Example(tiny.sentence(words, 0), None)])
+
+
+def settings(**given):
+    return CompressSettings.model_validate(
+        {"ratio": 0.6, "windows": 6, "measured": 2, "window": 16, "allocate": "uniform", **given}
+    )
+
+
+def logits(model, **inputs):
+    with torch.inference_mode():
+        return model(**(inputs or tiny.inputs("llama"))).logits
+
+
+def stored_numbers(model, names):
+    """Numbers that the weights of these parameters take now."""
+    modules = dict(model.named_modules())
+    total = 0
+    for name in names:
+        module = modules.get(name.removesuffix(".weight")) or modules.get(name)
+        weights = [p for p in module.parameters() if p.ndim > 1] if module is not None else []
+        total += sum(p.numel() for p in weights) if weights else model.get_parameter(name).numel()
+    return total
+
+
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+def test_every_causal_layout_is_compressed_within_its_budget_and_left_as_it_was(name):
+    model = tiny.build(name)
+    before = copy.deepcopy(model.state_dict())
+    found = compress(model, tiny.tokenizer(), text(), settings())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    names = {m.parameter for m in partition(find_matrices(model)) if m.type != "other"}
+    dense = stored_numbers(model, names)
+    factor_(model, found.plan, factors=found.factors, storage="pivoted")
+    assert any(isinstance(module, LowRankLayer) for module in model.modules())
+    assert stored_numbers(model, names) <= 0.6 * dense
+    assert bool(torch.isfinite(logits(model, **tiny.inputs(name))).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_every_method_a_larger_budget_diverges_less(method):
+    model = tiny.build("llama")
+    found = [compress(model, tiny.tokenizer(), text(), settings(method=method, ratio=r)) for r in (0.6, 0.95)]
+    values = [each.divergence["uniform"].value for each in found]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("trouble", ["one token", "one direction", "dead neuron", "unused expert"])
+def test_statistics_that_are_singular_are_no_reason_to_fail(method, trouble):
+    model = tiny.build("mixtral" if trouble == "unused expert" else "llama")
+    task, given = text(), {}
+    if trouble == "one token":
+        given = {"windows": 1, "window": 2, "measured": 1}
+    if trouble == "one direction":
+        task = make_task("text", [Example("w7 " * 200, None)])
+    if trouble == "dead neuron":
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3] = 0
+            model.model.layers[1].input_layernorm.weight[5] = 0
+    if trouble == "unused expert":
+        given = {"windows": 1, "window": 3, "measured": 1}
+    found = compress(model, tiny.tokenizer(), task, settings(method=method, **given))
+    factor_(model, found.plan, factors=found.factors, storage="pivoted")
+    assert bool(torch.isfinite(logits(model)).all())
+    if trouble == "unused expert" and method not in ("svd", "asvd"):
+        assert found.facts["roots"]["identity"] > 0
+
+
+def test_a_matrix_cut_alone_to_a_rank_is_the_best_for_its_inputs():
+    """Of `whiten`, against least squares: no other matrix of the rank has outputs closer to the original ones."""
+    model = tiny.build("llama")
+    chosen = settings(method="whiten", types=("fc_out",), ratio=0.5, windows=8)
+    found = compress(model, tiny.tokenizer(), text(), chosen)
+    name = "model.layers.0.mlp.down_proj"
+    inputs = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, args, _o: inputs.append(args[0]))
+    from eckart.calibration import read_windows
+
+    for block in read_windows(text(), tiny.tokenizer(), length=16, count=8).blocks:
+        with torch.inference_mode():
+            model(**block.inputs)
+    handle.remove()
+    x = torch.cat([part.flatten(0, 1) for part in inputs]).double()
+    weight = model.get_submodule(name).weight.detach().double()
+    spectrum = found.factors[name]
+    cut = (spectrum.U.double() * spectrum.S.double()) @ spectrum.Vh.double()
+    outputs = x @ weight.T
+    rank = len(spectrum.S)
+    best = torch.linalg.svdvals(outputs)[rank:].norm()
+    torch.testing.assert_close((outputs - x @ cut.T).norm(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_propagated_cuts_see_the_cut_model_and_aim_at_the_original_one():
+    model = tiny.build("llama")
+    small = {"windows": 12, "ratio": 0.5, "input_shrinkage": 0.0, "output_shrinkage": 0.0}
+    divergences = {}
+    for propagation in (0.0, 1.0):
+        found = compress(model, tiny.tokenizer(), text(), settings(propagation=propagation, **small))
+        cut = copy.deepcopy(model)
+        factor_(cut, found.plan, factors=found.factors, storage="pivoted")
+        from eckart.calibration import read_windows
+
+        gap = 0.0
+        for block in read_windows(text(), tiny.tokenizer(), length=16, count=12).blocks:
+            states = [m(**block.inputs, output_hidden_states=True).hidden_states[-2] for m in (model, cut)]
+            gap += float((states[0] - states[1]).detach().square().sum())
+        divergences[propagation] = gap
+    assert divergences[1.0] < divergences[0.0]
+
+
+def test_every_allocation_is_compared_and_the_one_that_diverges_least_is_kept():
+    model = tiny.build("llama")
+    found = compress(model, tiny.tokenizer(), text(), settings(allocate="auto"))
+    assert set(found.divergence) == {"uniform", "tail", "measured"}
+    assert found.divergence[found.chosen].value == min(value.value for value in found.divergence.values())
+
+
+def test_a_budget_in_bytes_is_that_of_the_whole_model():
+    model = tiny.build("llama")
+    whole = sum(p.nbytes for p in model.parameters())
+    found = compress(model, tiny.tokenizer(), text(), settings(ratio=None, bytes=int(0.8 * whole)))
+    after = factor_(model, found.plan, factors=found.factors, storage="pivoted").after
+    assert after.bytes <= 0.8 * whole
+    with pytest.raises(RankError, match="too small"):
+        compress(tiny.build("llama"), tiny.tokenizer(), text(), settings(ratio=None, bytes=1000))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_killed_compression_goes_on_and_ends_as_an_undisturbed_one(name, tmp_path):
+    model = tiny.build(name)
+    chosen = settings(allocate="auto")
+    expected = compress(model, tiny.tokenizer(), text(), chosen)
+    steps = []
+    compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "whole", progress=steps.append)
+    stages = {step.stage for step in steps}
+    assert stages >= {"reading", "decomposing", "measuring", "comparing allocations", "cutting"}
+    found, kills = None, 0
+    while found is None:
+        left = 8 * (kills + 1)
+
+        def stop(_):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        try:
+            found = compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "killed", progress=stop)
+        except Killed:
+            kills += 1
+        assert kills < len(steps)
+    assert kills >= 2
+    assert found.plan == expected.plan
+    assert found.divergence == expected.divergence
+    for key, spectrum in expected.factors.items():
+        assert torch.equal(found.factors[key].U, spectrum.U)
+
+
+def test_work_of_another_compression_is_refused(tmp_path):
+    model = tiny.build("llama")
+    compress(model, tiny.tokenizer(), text(), settings(), spill=tmp_path / "work")
+    with pytest.raises(OutputError, match="settings"):
+        compress(model, tiny.tokenizer(), text(), settings(ratio=0.7), spill=tmp_path / "work")
+
+
+def test_a_plan_with_a_weighting_is_not_applied_without_its_factors():
+    model = tiny.build("llama")
+    found = compress(model, tiny.tokenizer(), text(), settings())
+    before = weights_sha256(model)
+    with pytest.raises(PlanError, match="calibration text"):
+        apply_(model, found.plan)
+    with pytest.raises(PlanError, match="calibration text"):
+        factor_(model, found.plan)
+    assert weights_sha256(model) == before
+
+
+def test_what_cannot_be_factored_is_named_and_nothing_left_is_an_error():
+    model = tiny.build("llama")
+    model.model.layers[1].mlp.gate_proj.weight = model.model.layers[0].mlp.gate_proj.weight
+    units, blocked = find_units(model, find_matrices(model), settings())
+    assert blocked == {"model.layers.0.mlp.gate_proj": "the weight is shared by several modules"}
+    assert all(unit.name not in blocked for unit in units)
+    with pytest.raises(MatrixError, match="must stay dense"):
+        find_units(model, [m for m in find_matrices(model) if m.name in blocked], settings())
+
+
+def test_the_program_writes_a_folder_that_transformers_loads_and_generates_from(program, tiny_llama_folder, tmp_path):
+    from conftest import WORDS
+
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS * 30), encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = [
+        "compress", tiny_llama_folder, "--calibration", path, "--ratio", "0.6", "--window", "16", "--windows", "8",
+        "--text", path, "--out", out,
+    ]  # fmt: skip
+    done = program(*arguments)
+    assert done.status == 0, done.err
+    assert "bytes instead of" in done.out
+    results = json.loads((out / "results.json").read_text())
+    assert results["kind"] == "compress"
+    assert results["size"]["after"]["bytes"] < results["size"]["before"]["bytes"]
+    assert not (out / "work").exists()
+    assert (out / "report.html").is_file()
+    plan = eckart.read_plan(out)
+    assert {edit.weighting for edit in plan.edits} == {"propagated"}
+    model, tokenizer = eckart.load(str(out / "model"))
+    ids = tokenizer("the ant", return_tensors="pt").input_ids
+    assert model.generate(input_ids=ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+    assert program(*arguments).status == 1
+
+
+def test_a_killed_program_is_resumed_by_the_same_command(program, tiny_llama_folder, tmp_path):
+    from conftest import WORDS
+
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS * 30), encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = ["compress", tiny_llama_folder, "--calibration", path, "--ratio", "0.6", "--window", "16", "--out", out]
+    (out / "work").mkdir(parents=True)
+    done = program(*arguments)
+    assert done.status == 0, done.err
+    assert "Resuming" in done.err

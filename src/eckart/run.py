@@ -35,6 +35,7 @@ from eckart.surgery import applied, check_finite, check_plan, weights_sha256
 from eckart.tasks import Task, read_text
 
 LEDGER = "trials.sqlite"
+RESULTS = "results.json"
 STATE = "state"
 """Folder of what an unfinished recovery goes on from."""
 TEXT_PASSAGES = 20
@@ -43,23 +44,27 @@ DENSE = "multiplied out"
 """What a factored model is compared with where speed and memory are measured."""
 
 
-def is_unfinished(out: Path) -> bool:
-    """Tell whether a folder holds a search that was interrupted.
+def is_unfinished(out: Path, ledger: str = LEDGER, results: str = RESULTS) -> bool:
+    """Tell whether a folder holds a search (or other long work) that was interrupted.
 
     Args:
         out: The folder; it need not exist.
+        ledger: Name of the file that grows while the work is done.
+        results: Name of the file that is written last.
 
     Returns:
         Whether it does.
     """
-    return (out / LEDGER).is_file() and not (out / "results.json").exists()
+    return (out / ledger).is_file() and not (out / results).exists()
 
 
-def open_run(out: Path) -> bool:
+def open_run(out: Path, ledger: str = LEDGER, results: str = RESULTS) -> bool:
     """Make a run's folder, or find that it holds an unfinished one.
 
     Args:
         out: The folder.
+        ledger: As for `is_unfinished`.
+        results: As for `is_unfinished`.
 
     Returns:
         Whether an unfinished search lies there.
@@ -67,7 +72,7 @@ def open_run(out: Path) -> bool:
     Raises:
         OutputError: It holds something else, or cannot be made.
     """
-    if is_unfinished(out):
+    if is_unfinished(out, ledger, results):
         return True
     check_empty(out)
     try:

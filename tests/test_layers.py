@@ -37,7 +37,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "server", "compression_run"},
+    {"run", "server", "compression_run", "recovery_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -459,6 +459,7 @@ def save(
     tokenizer: Any = None,
     plan: Plan | None = None,
     *,
+    results: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
     portable: bool = False,
 ) -> Path:
@@ -473,6 +474,7 @@ def save(
             `SHA256SUMS` (`sha256sum --check SHA256SUMS` compares them).
         tokenizer: Written beside the weights.
         plan: Written beside the weights as `plan.json`, and told in the model card.
+        results: The results.json of the search that made the plan; what it proved is told in the card.
         max_shard_size: Of a safetensors file, in bytes or as `5GB`.
         portable: Put a modeling file beside factored weights, so that they load without eckart, too, where
             `from_pretrained` is given `trust_remote_code=True`.
@@ -494,7 +496,8 @@ def save(
             tokenizer.save_pretrained(temporary)
         if plan is not None:
             write_plan(temporary / "plan.json", plan)
-            (temporary / "README.md").write_text(model_card(plan, model, portable=portable), encoding="utf-8")
+            card = model_card(plan, model, results=results, portable=portable)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         write_manifest(temporary)
     return target
 
@@ -516,12 +519,15 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
-def model_card(plan: Plan, model: nn.Module | None = None, *, portable: bool = False) -> str:
+def model_card(
+    plan: Plan, model: nn.Module | None = None, *, results: Mapping[str, Any] | None = None, portable: bool = False
+) -> str:
     """Describe an edited model for those who find it.
 
     Args:
         plan: What was done to it.
         model: The edited model; if it has low-rank layers, the card tells its size and how to load it.
+        results: As for `save`.
         portable: A modeling file lies beside it.
 
     Returns:
@@ -557,6 +563,7 @@ def model_card(plan: Plan, model: nn.Module | None = None, *, portable: bool = F
             f"Made again by {code(command + ' --out DIR')}.",
             "",
             *size,
+            *_proved_lines(results),
             "| matrix | kind | rho | rank | basis |",
             "|---|---|---|---|---|",
             *rows,
@@ -570,6 +577,28 @@ _PORTABLE = [
     "give `from_pretrained` the argument `trust_remote_code=True`.",
     "",
 ]
+
+
+def _proved_lines(results: Mapping[str, Any] | None) -> list[str]:
+    """What the test examples of a search said, as a table; nothing where there is no such search."""
+    if results is None:
+        return []
+    rows = []
+    gains = {"accuracy": results["best"].get("test_gain"), "loss": results["best"].get("test_loss_gain")}
+    for name, before in results["baseline"]["test"].items():
+        after, gain = results["best"]["test"].get(name), gains.get(name)
+        numbers = [f"{m['value']:.4g} ± {m['stderr'] or 0:.2g}" if m else "" for m in (before, after)]
+        change = f"{gain['value']:+.3g} ({gain['interval'][0]:+.3g} to {gain['interval'][1]:+.3g})" if gain else ""
+        rows.append(f"| {name} | {numbers[0]} | {numbers[1]} | {change} |")
+    count = results["task"]["test"]
+    return [
+        f"Measured on {count} test examples that did not choose the plan, with standard errors:",
+        "",
+        "| measure | unedited | edited | change, 95 % interval |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _size_lines(model: nn.Module, config: LowRankConfig, portable: bool) -> list[str]:

@@ -364,30 +364,41 @@ def _singles(
     baseline: Rival,
     settings: SearchSettings,
 ) -> list[Trial]:
-    """Try single edits: all of them, or first the most promising, against the unedited model, then the others
-    against the best of those. What an edit is up against does not depend on who measures it and when."""
+    """Try single edits: all of them, or the most promising first, against the unedited model, then round after round
+    the others against the best so far. What an edit is up against does not depend on who measures it and when."""
+    trials: list[Trial] = []
     if settings.strategy == "exhaustive":
         trials = driver.try_all(_groups(route, grid), baseline.measurements, None)
     else:
-        first = _contenders(grid, predictions, settings.shortlist, driver.rules)
-        others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
-        later = len(others) if settings.strategy == "race" else 0
-        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline, later=later)
-        if settings.strategy == "race":
+        rounds = _rounds(grid, predictions, settings.shortlist, driver.rules)
+        rounds = rounds[:1] if settings.strategy == "guided" else rounds
+        best, rival = None, baseline
+        for number, wanted in enumerate(rounds, start=1):
+            later = sum(map(len, rounds[number:]))
+            groups = _groups(route, grid, wanted)
+            trials += driver.try_all(groups, baseline.measurements, rival, best=best, later=later)
             best = choose(trials, baseline.measurements, driver.rules)
             rival = driver.rival(best) if best else baseline
-            trials += driver.try_all(_groups(route, grid, others), baseline.measurements, rival, best=best)
     found = {key_of(trial.edits): trial for trial in trials}
     keys = [key_of((edit,)) for _, edits in grid for edit in edits]
     return [found[key] for key in keys if key in found]
 
 
-def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int, rules: Rules) -> set[str]:
-    """The edits with the lowest predicted loss; without predictions, edits from all over the grid."""
+def _rounds(grid: Grid, predictions: Sequence[Prediction], first: int, rules: Rules) -> list[set[str]]:
+    """Divide the grid into rounds, each four times as large as the one before: a walk through the model costs a pass,
+    and a strong rival that is found early saves many. The lowest predicted loss comes first; without predictions,
+    the first round is from all over the grid."""
     if predictions:
-        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: _promise(p, rules))[:count]}
-    keys = [key_of((edit,)) for _, edits in grid for edit in edits]
-    return {keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))}
+        keys = [key_of((p.edit,)) for p in sorted(predictions, key=lambda p: _promise(p, rules))]
+    else:
+        keys = [key_of((edit,)) for _, edits in grid for edit in edits]
+        spread = [keys[number * len(keys) // min(first, len(keys))] for number in range(min(first, len(keys)))]
+        keys = [*spread, *(key for key in keys if key not in spread)]
+    rounds = []
+    while keys:
+        rounds.append(set(keys[:first]))
+        keys, first = keys[first:], 4 * first
+    return rounds
 
 
 def _promise(prediction: Prediction, rules: Rules) -> tuple[float, float]:

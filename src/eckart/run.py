@@ -23,7 +23,7 @@ from eckart.plan import Plan, read_plan, write_plan
 from eckart.recipe import SearchSettings, Settings, write_recipe
 from eckart.report import render
 from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
-from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
+from eckart.results import SCHEMA_VERSION, environment, read_json, to_json, write_text
 from eckart.scoring import constant_answer, prepare, score, summarize
 from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
 from eckart.tasks import Task
@@ -301,20 +301,47 @@ def run_apply(
     model = load_model(source, device=device, dtype=dtype)
     check_finite(model)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
-    return _write_applied(model, plan, folder, tokenizer, force=force, dense=dense, portable=portable)
+    return _write_applied(
+        model,
+        plan,
+        folder,
+        tokenizer,
+        results=_results_of(plan_path, plan),
+        force=force,
+        dense=dense,
+        portable=portable,
+    )
+
+
+def _results_of(plan_path: Path, plan: Plan) -> Any:
+    """The results of the search that made a plan, if they lie beside it and are of this plan."""
+    try:
+        results = read_json((plan_path if plan_path.is_dir() else plan_path.parent) / "results.json")
+        mine = results["kind"] == "search" and results["best"]["edits"] == plan.model_dump(mode="json")["edits"]
+    except (EckartError, KeyError, TypeError):
+        return None
+    return results if mine else None
 
 
 def _write_applied(
-    model: Any, plan: Plan, folder: Path, tokenizer: Any, *, force: bool, dense: bool, portable: bool = False
+    model: Any,
+    plan: Plan,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    results: Any = None,
+    force: bool,
+    dense: bool,
+    portable: bool = False,
 ) -> tuple[Path, Factoring | None]:
     if dense:
         apply_(model, plan, force=force)
         if low_rank_layers(model):
             model.dequantize()
-        return save(model, folder, tokenizer, plan), None
+        return save(model, folder, tokenizer, plan, results=results), None
     with temporary_folder(folder) as spill:
         factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
-        return save(model, folder, tokenizer, plan, portable=portable), factoring
+        return save(model, folder, tokenizer, plan, results=results, portable=portable), factoring
 
 
 def forecast_search(

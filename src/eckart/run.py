@@ -14,7 +14,7 @@ import torch
 from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, temporary_folder
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
-from eckart.errors import OutputError
+from eckart.errors import EckartError, OutputError
 from eckart.factoring import Factoring, factor_
 from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger

@@ -167,6 +167,25 @@ class SearchSettings(Settings):
         return svd
 
 
+class InspectSettings(Settings):
+    """What an inspection can be told."""
+
+    types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
+    layers: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="block indices; negative from the last"
+    )
+    fast: bool = Field(default=False, description="singular values for edges and ranks alone, several times as fast")
+    top: float = Field(default=0.25, gt=0, le=1, description="share of each type in unfrozen_parameters.yaml")
+    rho: float = Field(default=0.1, gt=0, le=1, description="depth of the cut whose loss is measured on data")
+    tokens: int = Field(default=8192, ge=1, description="most tokens that are read to measure importance")
+
+    @field_validator("types")
+    @classmethod
+    def _known_types(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        expand_types(types)
+        return types
+
+
 class CompressSettings(Settings):
     """What a compression can be told."""
 

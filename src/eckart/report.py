@@ -176,7 +176,7 @@ def _search_page(results: Json) -> Json:
         "command": shlex.join(["eckart", "apply", results["model"]["source"], best["plan"], "--dense", "--out", "DIR"]),
         "comparison": _comparison(best, baseline),
         "plots": plots,
-        "plotly": _plotly() if plots else "",
+        "plotly": plotly() if plots else "",
         "layers": _layer_names(_rows(trials)),
         "cut": (results.get("spectrum") or {}).get("matrix"),
         "plan": _plan(results),
@@ -886,7 +886,12 @@ def plot_text(text: object) -> str:
     return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
-def _plotly() -> Markup:
+def plotly() -> Markup:
+    """Give the source of plotly.js, from the installed package.
+
+    Returns:
+        JavaScript, about 5 MB.
+    """
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs().replace("\r\n", "\n"))  # noqa: S704 the library itself, from the package

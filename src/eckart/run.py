@@ -15,7 +15,7 @@ from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, sav
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
 from eckart.errors import EckartError, OutputError
-from eckart.factoring import Factoring, factor_
+from eckart.factoring import AT_MOST, Factoring, factor_
 from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
@@ -25,31 +25,36 @@ from eckart.report import render
 from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
 from eckart.results import SCHEMA_VERSION, environment, read_json, to_json, write_text
 from eckart.scoring import constant_answer, prepare, score, summarize
-from eckart.surgery import applied, apply_, check_finite, check_plan, weights_sha256
+from eckart.surgery import applied, check_finite, check_plan, weights_sha256
 from eckart.tasks import Task
 
 LEDGER = "trials.sqlite"
+RESULTS = "results.json"
 DENSE = "multiplied out"
 """What a factored model is compared with where speed and memory are measured."""
 
 
-def is_unfinished(out: Path) -> bool:
-    """Tell whether a folder holds a search that was interrupted.
+def is_unfinished(out: Path, ledger: str = LEDGER, results: str = RESULTS) -> bool:
+    """Tell whether a folder holds a search (or other long work) that was interrupted.
 
     Args:
         out: The folder; it need not exist.
+        ledger: Name of the file that grows while the work is done.
+        results: Name of the file that is written last.
 
     Returns:
         Whether it does.
     """
-    return (out / LEDGER).is_file() and not (out / "results.json").exists()
+    return (out / ledger).is_file() and not (out / results).exists()
 
 
-def open_run(out: Path) -> bool:
+def open_run(out: Path, ledger: str = LEDGER, results: str = RESULTS) -> bool:
     """Make a run's folder, or find that it holds an unfinished one.
 
     Args:
         out: The folder.
+        ledger: As for `is_unfinished`.
+        results: As for `is_unfinished`.
 
     Returns:
         Whether an unfinished search lies there.
@@ -57,7 +62,7 @@ def open_run(out: Path) -> bool:
     Raises:
         OutputError: It holds something else, or cannot be made.
     """
-    if is_unfinished(out):
+    if is_unfinished(out, ledger, results):
         return True
     check_empty(out)
     try:
@@ -334,14 +339,13 @@ def _write_applied(
     dense: bool,
     portable: bool = False,
 ) -> tuple[Path, Factoring | None]:
-    if dense:
-        apply_(model, plan, force=force)
-        if low_rank_layers(model):
+    with temporary_folder(folder) as place:
+        spill = place if model.device.type == "cpu" else None
+        factoring = factor_(model, plan, force=force, at_most=0 if dense else AT_MOST, spill=spill)
+        if dense and low_rank_layers(model):
             model.dequantize()
-        return save(model, folder, tokenizer, plan, results=results), None
-    with temporary_folder(folder) as spill:
-        factoring = factor_(model, plan, force=force, spill=spill if model.device.type == "cpu" else None)
-        return save(model, folder, tokenizer, plan, results=results, portable=portable), factoring
+        written = save(model, folder, tokenizer, plan, results=results, portable=portable and not dense)
+        return written, None if dense else factoring
 
 
 def forecast_search(

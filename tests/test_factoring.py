@@ -17,7 +17,7 @@ from eckart.factoring import factor_
 from eckart.linear import FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear
 from eckart.matrices import by_name, coverage, find_matrices, partition, read, write
 from eckart.quantizer import replace_, sizes
-from eckart.surgery import applied, apply_, make_edit
+from eckart.surgery import applied, apply_, make_edit, make_edit_by_rule
 
 
 def truncated(weight, rank, kept="top"):
@@ -102,6 +102,20 @@ def test_every_kind_of_low_rank_edit_is_factored(kind, options):
     close(outputs("llama", model)[0], before)
     if options == {"basis": "bottom"}:
         close(layer.dense(), truncated(original, edit.rank, "bottom"))
+
+
+def test_a_shrunk_matrix_is_factored():
+    model = build("llama")
+    matrix = matrix_of(model, "fc_in")
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(side, 2, generator=generator) for side in matrix.shape]
+    write(model, matrix, read(model, matrix) + 0.2 * sides[0] @ sides[1].mT)
+    edit = make_edit_by_rule(matrix, torch.linalg.svdvals(read(model, matrix).double()), "tw", kind="shrink")
+    with applied(model, [edit]):
+        expected = read(model, matrix)
+    assert expected.any()
+    factor_(model, [edit])
+    close(model.get_submodule(matrix.name).dense(), expected)
 
 
 def test_a_high_rank_is_pivoted_where_that_saves_and_dense_where_nothing_does():

@@ -152,6 +152,28 @@ def test_blocks_that_cannot_be_cut_are_refused(settings, reason):
         make_settings(SearchSettings, settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rank_rule": ["best"]}, "no rank rule 'best'.*rules are mp, tw"),
+        ({"rank_rule": []}, "at least 1 item"),
+        ({"kind": "shrink"}, "needs 'rank_rule'"),
+        ({"kind": "shrink", "rank_rule": ["energy"]}, "for kind 'shrink'"),
+        ({"kind": "shrink", "rank_rule": ["mp"], "basis": "bottom"}, "no basis but 'top'"),
+        ({"kind": "zero", "rank_rule": ["mp"]}, "goes with kind 'low_rank' or 'shrink'"),
+        ({"svd": "lowrank", "rank_rule": ["mp"]}, "svd 'exact'"),
+        ({"blocks": [2], "rank_rule": ["mp"]}, "whole matrices"),
+        ({"strategy": "laserrmt", "compose": 2}, "adds edits by itself"),
+        ({"strategy": "laserrmt", "confidence": 0.9}, "adds edits by itself"),
+        ({"strategy": "laserrmt", "kind": "zero"}, "by their noise"),
+        ({"strategy": "laserrmt", "blocks": [2]}, "by their noise"),
+    ],
+)
+def test_rules_and_loops_that_mean_nothing_are_refused(settings, reason):
+    with pytest.raises(RecipeError, match=reason):
+        make_settings(SearchSettings, settings)
+
+
 @pytest.mark.parametrize("given", [{"blocks": (1, 4)}, {"blocks": (2,), "clustering": "subspaces"}, {"guard": "none"}])
 def test_a_recipe_keeps_blocks_and_guard(given, tmp_path):
     made = SearchSettings(**given)

@@ -52,6 +52,7 @@ _HOMES = {
     "apply_": "surgery",
     "check_plan": "surgery",
     "make_edit": "surgery",
+    "make_edit_by_rule": "surgery",
     "Example": "tasks",
     "Task": "tasks",
     "make_task": "tasks",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from eckart.surgery import apply_ as apply_
     from eckart.surgery import check_plan as check_plan
     from eckart.surgery import make_edit as make_edit
+    from eckart.surgery import make_edit_by_rule as make_edit_by_rule
     from eckart.tasks import Example as Example
     from eckart.tasks import Task as Task
     from eckart.tasks import make_task as make_task

@@ -24,7 +24,7 @@ from eckart.linear import STORAGES, LowRankLayer, RowBlockedLinear, Storage, byt
 from eckart.matrices import Matrix, read, rows_of, write
 from eckart.plan import Edit, Plan
 from eckart.quantizer import Size, StoredLayer, attach_, replace_, sizes, stored_as
-from eckart.surgery import check_plan, clusters_of, replacement
+from eckart.surgery import check_plan, clusters_of, components, replacement
 from eckart.truncation import Spectrum
 
 AT_MOST = 0.9
@@ -272,7 +272,7 @@ def _spectrum(part: _Part, weight: Tensor, making: _Making) -> Spectrum:
         return Spectrum(*(weight.new_zeros(shape, dtype=precise) for shape in ((out, 0), (0,), (0, into))))
     if edit.svd == "lowrank":
         return truncation.decompose_approximately(rows, part.rank, niter=edit.niter, seed=edit.seed)
-    return truncation.cut(truncation.decompose(rows), part.rank, basis=edit.basis, seed=edit.seed)
+    return components(truncation.decompose(rows), edit)
 
 
 def _block(

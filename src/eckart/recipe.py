@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from eckart.encoding import BATCH_TOKENS
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
+from eckart.noise import FITS, RANK_RULES
 from eckart.truncation import rank_of
 
 GUIDED_EXAMPLES = 100
@@ -48,9 +49,10 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What a search can be told."""
 
-    strategy: Literal["exhaustive", "race", "guided"] = Field(
+    strategy: Literal["exhaustive", "race", "guided", "laserrmt"] = Field(
         default="race",
-        description="measure every edit, stop those that cannot win, or measure only the best predicted ones",
+        description="measure every edit, stop those that cannot win, measure only the best predicted ones, or try the "
+        "noisiest one after the other and keep what helps",
     )
     objective: Literal["task", "perplexity", "agreement"] = Field(
         default="task",
@@ -62,7 +64,9 @@ class SearchSettings(Settings):
     )
     select: Literal["accuracy", "loss"] = Field(default="accuracy", description="what the best edit is best at")
     shortlist: int = Field(
-        default=16, ge=1, description="edits that 'guided' measures, 'race' measures first and 'compose' combines"
+        default=16,
+        ge=1,
+        description="edits that 'guided' and 'laserrmt' measure, 'race' measures first and 'compose' combines",
     )
     confidence: float | None = Field(
         default=None, gt=0.5, lt=1, description="let 'race' and 'guided' stop edits by a sequential test, too"
@@ -86,7 +90,12 @@ class SearchSettings(Settings):
     clustering: Literal["contiguous", "heads", "subspaces"] = Field(
         default="contiguous", description="which rows form a block; 'heads' makes one of every attention head"
     )
-    kind: Literal["low_rank", "zero", "magnitude"] = Field(default="low_rank", description="what replaces a matrix")
+    rank_rule: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="rules that choose the rank from each spectrum, instead of 'rho'"
+    )
+    kind: Literal["low_rank", "zero", "magnitude", "shrink"] = Field(
+        default="low_rank", description="what replaces a matrix; 'shrink' needs a rank rule that fits noise"
+    )
     basis: Literal["top", "bottom", "random"] = Field(default="top", description="singular components that stay")
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
     niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
@@ -144,6 +153,37 @@ class SearchSettings(Settings):
             raise ValueError(
                 "objective 'agreement' has no sequential test and no controls, and only the second order predicts it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_has_an_order(self) -> SearchSettings:
+        if self.strategy == "laserrmt":
+            if self.compose > 1 or self.confidence is not None:
+                raise ValueError(
+                    "strategy 'laserrmt' adds edits by itself, without a test; leave compose and confidence"
+                )
+            if self.kind not in ("low_rank", "shrink") or self.blocks != (1,) or self.clustering != "contiguous":
+                raise ValueError("strategy 'laserrmt' orders low-rank edits of whole matrices by their noise")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_can_choose(self) -> SearchSettings:
+        if self.kind == "shrink" and self.rank_rule is None:
+            raise ValueError(f"kind 'shrink' needs 'rank_rule': one of {', '.join(FITS)}")
+        if self.rank_rule is None:
+            return self
+        allowed = FITS if self.kind == "shrink" else RANK_RULES
+        unknown = [rule for rule in self.rank_rule if rule not in allowed]
+        if unknown:
+            raise ValueError(
+                f"there is no rank rule {unknown[0]!r} for kind '{self.kind}'; rules are {', '.join(allowed)}"
+            )
+        if self.kind not in ("low_rank", "shrink") or self.svd != "exact":
+            raise ValueError("a rank rule goes with kind 'low_rank' or 'shrink' and svd 'exact'")
+        if self.kind == "shrink" and self.basis != "top":
+            raise ValueError("kind 'shrink' has no basis but 'top'")
+        if self.blocks != (1,) or self.clustering != "contiguous":
+            raise ValueError("a rank rule looks at whole matrices; leave 'blocks' and 'clustering' out")
         return self
 
     @field_validator("types")

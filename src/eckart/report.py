@@ -430,7 +430,9 @@ def _verdict(results: Json) -> str:
 
 def _cutting(edits: list[Json]) -> str:
     """Edits as the subject of a sentence."""
-    verbs = {{"low_rank": "Cutting", "zero": "Zeroing"}.get(edit["kind"], "Editing") for edit in edits}
+    verbs = {
+        {"low_rank": "Cutting", "zero": "Zeroing", "shrink": "Shrinking"}.get(edit["kind"], "Editing") for edit in edits
+    }
     verb = verbs.pop() if len(verbs) == 1 else "Editing"
     if len(edits) > EDITS_NAMED:
         return f"{verb} {len(edits)} matrices together"
@@ -444,7 +446,7 @@ def _how(edit: Json) -> str:
     if kind == "zero":
         return ""
     settings = [f"rho {rho}", *(f"{key} {value}" for key, value in _unusual(edit))]
-    if kind == "low_rank":
+    if kind in ("low_rank", "shrink"):
         return f" to rank {_rank(edit)} ({', '.join(settings)})"
     return f" ({', '.join([f'kind {kind}', *settings])})"
 
@@ -460,7 +462,7 @@ def _where(edit: Json) -> str:
 
 def _unusual(edit: Json) -> list[tuple[str, str]]:
     """The settings of an edit that differ from LASER's."""
-    usual = {"weighting": "none", "basis": "top", "blocks": 1, "clustering": "contiguous"}
+    usual = {"weighting": "none", "basis": "top", "blocks": 1, "clustering": "contiguous", "rank_rule": None}
     return [(key, str(edit[key])) for key, default in usual.items() if edit.get(key, default) != default]
 
 

@@ -41,7 +41,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "server", "compression_run"},
+    {"run", "server", "compression_run", "recovery_run"},
     {"inspection"},
     {"cli"},
 ]

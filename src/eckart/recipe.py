@@ -303,6 +303,13 @@ class RecoverSettings(BaseModel):
         return self
 
 
+SECTIONS: dict[str, type[BaseModel]] = {
+    "search": SearchSettings,
+    "compress": CompressSettings,
+    "recover": RecoverSettings,
+}
+"""Verb -> its settings, where one recipe holds those of several."""
+
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -312,7 +319,8 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
     Args:
         kind: The settings' class.
         given: Settings given by hand; None counts as not given.
-        recipe: A YAML file with the same names; a key named after another verb's section is not allowed.
+        recipe: A YAML file with the same names, or with a section of them for each verb (`compress:`, `recover:`), of
+            which only that of `kind` is read.
 
     Returns:
         Complete settings.
@@ -330,6 +338,14 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
         found = {} if found is None else found
         if not isinstance(found, dict):
             raise RecipeError(f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it.")
+        if found and set(map(str, found)) <= set(SECTIONS):
+            verb = next((verb for verb, settings in SECTIONS.items() if settings is kind), None)
+            if verb not in found or not isinstance(found[verb], dict):
+                raise RecipeError(
+                    f"{recipe} has sections {', '.join(map(str, found))}, and no settings for {verb or 'this verb'}. "
+                    "A section is the name of a verb with its settings below. Add one, or give another recipe."
+                )
+            found = found[verb]
     merged = found | {name: value for name, value in given.items() if value is not None}
     try:
         return kind.model_validate(merged)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 EXTRAS ?= dev
 BIN := .venv/bin
 
-.PHONY: setup demo test lint check bench clean
+.PHONY: setup demo demo-edge test lint check bench clean
 .DEFAULT_GOAL := check
 
 setup: .venv/$(EXTRAS)
@@ -17,6 +17,10 @@ setup: .venv/$(EXTRAS)
 demo: setup
 	rm -rf runs/demo
 	$(BIN)/eckart demo --out runs/demo
+
+demo-edge:
+	$(MAKE) setup EXTRAS=dev,export,recover
+	PYTHON=$(PYTHON) BIN=$(BIN) scripts/demo_edge.sh runs/demo-edge
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

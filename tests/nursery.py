@@ -129,6 +129,19 @@ def _log_to(path) -> None:
     ended = say
 
 
+def trainer(number, where, kind) -> None:
+    """A signal at the n-th step of a training, or before or after the n-th file of its state; every step writes one."""
+    from eckart import recovery, training
+
+    stop = _nth(number, lambda: os.kill(os.getpid(), getattr(signal, kind)))
+    training.CHECKPOINT_SECONDS = 0.0
+    if where == "step":
+        training.Training.descend = _followed(training.Training.descend, stop, before=True)
+    else:
+        training.write_state = _followed(training.write_state, stop, before=where == "before")
+        recovery.write_state = training.write_state
+
+
 def _followed(function, act, *, before=False):
     def both(*arguments, **options):
         if before:

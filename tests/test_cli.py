@@ -41,7 +41,8 @@ OPTIONS = {
         "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
-    "apply": COMMON | {"model", "plan", "--out", "--dense", "--force"},
+    "apply": COMMON | {"model", "plan", "--out", "--dense", "--portable", "--force"},
+    "serve": COMMON | {"model", "--host", "--port"},
     "report": {"run", "--debug"},
 }  # fmt: skip
 
@@ -94,6 +95,26 @@ def test_a_search_names_its_winner_and_its_files(searched):
     assert read(out, "plan.json")["edits"][0]["matrix"] in result.stdout
     assert "report.html" in result.stdout
     assert "error" not in result.stderr
+
+
+def test_the_card_of_an_applied_plan_tells_what_its_search_proved(searched, tiny_llama_folder, tmp_path):
+    succeed("apply", tiny_llama_folder, searched[0], "--out", tmp_path)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    results = read(searched[0])
+    before, after = results["baseline"]["test"]["accuracy"], results["best"]["test"]["accuracy"]
+    assert f"| accuracy | {before['value']:.4g} ± {before['stderr']:.2g} | {after['value']:.4g} ± " in card
+    assert f"{results['best']['test_gain']['interval'][0]:+.3g} to" in card
+    assert f"{results['task']['test']} test examples" in card
+
+
+def test_the_card_of_a_plan_tells_nothing_of_other_results_beside_it(searched, tiny_llama_folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(searched[0], run)
+    results = read(run)
+    results["best"]["edits"][0]["rank"] += 1
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    succeed("apply", tiny_llama_folder, run, "--out", tmp_path)
+    assert "Measured on" not in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("options", [("--blocks", "3"), ("--blocks", "2,3", "--clustering", "subspaces")])

@@ -79,6 +79,35 @@ def test_experts_of_unequal_ranks_are_padded_and_count_the_padding(transposed):
     assert torch.equal(empty.dense(), layer.dense())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_copy_of_experts_is_independent_and_a_change_of_dtype_changes_only_that(transposed):
+    stack = normal(3, 20, 14)
+    layer = FactoredExperts.from_weight(stack.mT if transposed else stack, [4, 4, 4], transposed=transposed)
+    before, twin = layer.dense().clone(), copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert torch.equal(layer.dense(), before)
+    assert not torch.equal(twin.dense(), before)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.weight.dtype == half.dtype == half.dense().dtype == torch.bfloat16
+    assert (half.dense().double() - before).norm() / before.norm() < 2e-2
+
+
+def test_autocast_runs_factored_experts_as_it_runs_the_parameter():
+    model = tiny.build("mixtral")
+    dense = copy.deepcopy(model)
+    factor_experts(model, dense, transposed=False)
+    ids = torch.arange(12)[None] % model.config.vocab_size
+    with torch.no_grad():
+        exact = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = model(ids).logits, dense(ids).logits
+    assert y.dtype == expected.dtype
+    error, of_dense = ((each - exact).norm() / exact.norm() for each in (y.float(), expected.float()))
+    assert 0 < error < 2 * of_dense + 1e-2
+
+
 @pytest.mark.parametrize("use", [lambda w: torch.ones(14) + w, lambda w: functional.softmax(w, -1), lambda w: w @ w])
 def test_what_is_not_a_multiplication_of_experts_is_refused(use):
     layer = FactoredExperts(3, 14, 14, 4)

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typer.testing import CliRunner
@@ -23,7 +25,7 @@ from eckart.factoring import factor_
 from eckart.linear import FactoredLinear
 from eckart.matrices import find_blocks, find_matrices, partition
 from eckart.plan import MadeBy, Plan, PlannedModel, write_plan
-from eckart.quantizer import LowRankConfig, LowRankQuantizer, register
+from eckart.quantizer import LowRankConfig, LowRankQuantizer, StoredLayer, register
 from eckart.run import run_apply
 from eckart.surgery import make_edit, weights_sha256
 
@@ -320,6 +322,54 @@ def test_a_config_that_was_tampered_with_is_refused(change, tiny_llama_folder, t
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError):
         eckart.load(str(folder))
+
+
+KINDS = ["dense", "factored", "pivoted", "row_blocked", "experts"]
+ENTRIES = st.recursive(
+    st.builds(
+        StoredLayer,
+        storage=st.sampled_from(KINDS),
+        shape=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+        rank=st.none() | st.integers(0, 9),
+        transposed=st.booleans(),
+        ordered=st.booleans(),
+    ),
+    lambda inner: st.builds(
+        StoredLayer, storage=st.just("row_blocked"), shape=st.just((4, 2)), blocks=st.lists(inner).map(tuple)
+    ),
+    max_leaves=5,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.sampled_from([*StoredLayer.__dataclass_fields__, "x"]), inner)
+        | st.fixed_dictionaries({"storage": inner | st.sampled_from(KINDS), "shape": inner | st.just([4, 2])})
+    ),
+)
+
+
+@given(entry=ENTRIES)
+def test_what_a_layer_is_stored_as_is_read_back_from_json(entry):
+    assert StoredLayer.from_json(json.loads(json.dumps(entry.to_json()))) == entry
+    config = LowRankConfig({"a": entry}, {"b": "why"})
+    again = LowRankConfig(**json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+
+
+@given(layers=JSON)
+def test_any_json_is_a_description_of_layers_or_a_model_error(layers, may_refuse):
+    with may_refuse(ModelError, "config.json"):
+        for layer in LowRankConfig(layers).layers.values():
+            assert StoredLayer.from_json(layer.to_json()) == layer
+
+
+def test_a_class_that_has_none_of_the_layers_is_refused(tmp_path):
+    folder = save(factored("llama", chosen=lambda m: m.type == "fc_in"), tmp_path / "a")
+    if transformers.LlamaForQuestionAnswering.base_model_prefix == "model":
+        pytest.skip("this transformers gives that class the names of the others")
+    with pytest.raises(ModelError, match="none of the 3 low-rank layers"):
+        transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
 
 
 @pytest.fixture

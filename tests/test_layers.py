@@ -13,29 +13,33 @@ LAYERS = [
     {"errors", "registration"},
     {"truncation", "results", "layout", "allocate"},
     {"clustering", "spectrum", "noise", "weighting"},
+    {"onnx_graph", "onnx_runner"},
     {"linear"},
     {"experts"},
     {"dataflow"},
     {"quantizer"},
+    {"portable", "vllm_plugin"},
     {"matrices", "plan", "tasks"},
     {"surgery", "encoding"},
-    {"factoring"},
+    {"factoring", "initialisation", "distillation"},
     {"prefix", "recipe", "sources"},
-    {"scoring", "checkpoint", "report"},
+    {"scoring", "checkpoint", "report", "refinement"},
     {"resources"},
     {"skeleton"},
     {"shards"},
+    {"peft_adapter", "exporting"},
     {"ledger"},
-    {"race", "sensitivity", "controls", "calibration"},
+    {"race", "sensitivity", "controls", "training", "calibration"},
     {"propagation"},
     {"compression"},
+    {"recovery"},
     {"sweep"},
     {"crew"},
     {"cluster", "processes"},
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "compression_run"},
+    {"run", "server", "compression_run"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}
@@ -100,6 +104,14 @@ def test_the_command_line_starts_without_torch():
     for path in (SOURCE / "cli").glob("*.py"):
         assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY_IN_CLI
     script = "import sys, eckart.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_device_needs_neither_torch_nor_transformers_to_run_an_exported_model():
+    script = (
+        "import sys, eckart, eckart.onnx_runner, eckart.onnx_graph, eckart.cli.run;"
+        "sys.exit(bool({'torch', 'transformers', 'pydantic', 'onnx'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -40,6 +40,6 @@ def test_every_file_that_the_readme_names_exists():
         assert (ROOT / name.rstrip(".")).exists(), name
 
 
-@pytest.mark.parametrize("target", ["setup", "demo", "test", "check", "bench"])
+@pytest.mark.parametrize("target", ["setup", "demo", "demo-edge", "test", "check", "bench"])
 def test_every_make_target_of_the_documents_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -35,7 +35,10 @@ _HOMES = {
     "read_plan": "plan",
     "write_plan": "plan",
     "CompressSettings": "recipe",
+    "RecoverSettings": "recipe",
     "SearchSettings": "recipe",
+    "Recovery": "recovery",
+    "recover": "recovery",
     "write_report": "report",
     "Measurement": "results",
     "SearchResult": "laser",
@@ -74,7 +77,10 @@ if TYPE_CHECKING:
     from eckart.plan import read_plan as read_plan
     from eckart.plan import write_plan as write_plan
     from eckart.recipe import CompressSettings as CompressSettings
+    from eckart.recipe import RecoverSettings as RecoverSettings
     from eckart.recipe import SearchSettings as SearchSettings
+    from eckart.recovery import Recovery as Recovery
+    from eckart.recovery import recover as recover
     from eckart.report import write_report as write_report
     from eckart.results import Measurement as Measurement
     from eckart.scoring import evaluate as evaluate

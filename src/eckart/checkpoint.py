@@ -14,7 +14,7 @@ import shlex
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torch import nn
 
 from eckart.errors import EckartError, ModelError, OutputError
 from eckart.plan import Plan, write_plan
-from eckart.quantizer import LowRankConfig, sizes
+from eckart.portable import add_modeling
+from eckart.quantizer import MODELING, LowRankConfig, sizes
 
 _MAX_HEADER = 100_000_000  # the safetensors format's own limit
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -69,12 +70,7 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     Raises:
         ModelError: As for `load`.
     """
-    if dtype not in _DTYPES:
-        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
-    where = _device(device)
-    name, local = resolve(source)
-    if local:
-        check_folder(Path(name))
+    name, local, where = locate(source, device=device, dtype=dtype)
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -145,6 +141,29 @@ def load_tokenizer(source: str) -> Any:
         f"{source} has no usable tokenizer: {problem}. A tokenizer.json lies beside the weights. "
         "Copy it from where the model came from."
     )
+
+
+def locate(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[str, bool, torch.device]:
+    """Check what can be checked before a model is loaded.
+
+    Args:
+        source: As for `load`.
+        device: As for `load`.
+        dtype: As for `load`.
+
+    Returns:
+        The name to load from, whether it is a folder, and the device.
+
+    Raises:
+        ModelError: `source` is no model, a damaged one, or an adapter; device or dtype are unknown.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype '{dtype}' is unknown. Choose from {', '.join(_DTYPES)}. Change --dtype.")
+    where = _device(device)
+    name, local = resolve(source)
+    if local:
+        check_folder(Path(name))
+    return name, local, where
 
 
 def resolve(source: str) -> tuple[str, bool]:
@@ -440,7 +459,9 @@ def save(
     tokenizer: Any = None,
     plan: Plan | None = None,
     *,
+    results: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
+    portable: bool = False,
 ) -> Path:
     """Write a Hugging Face folder.
 
@@ -453,7 +474,10 @@ def save(
             `SHA256SUMS` (`sha256sum --check SHA256SUMS` compares them).
         tokenizer: Written beside the weights.
         plan: Written beside the weights as `plan.json`, and told in the model card.
+        results: The results.json of the search that made the plan; what it proved is told in the card.
         max_shard_size: Of a safetensors file, in bytes or as `5GB`.
+        portable: Put a modeling file beside factored weights, so that they load without eckart, too, where
+            `from_pretrained` is given `trust_remote_code=True`.
 
     Returns:
         The folder.
@@ -465,11 +489,15 @@ def save(
     target = Path(folder)
     with new_folder(target) as temporary:
         saved.save_pretrained(temporary, max_shard_size=max_shard_size)
+        portable = portable and isinstance(getattr(saved.config, "quantization_config", None), LowRankConfig)
+        if portable:
+            add_modeling(temporary, saved)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if plan is not None:
             write_plan(temporary / "plan.json", plan)
-            (temporary / "README.md").write_text(model_card(plan, model), encoding="utf-8")
+            card = model_card(plan, model, results=results, portable=portable)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         write_manifest(temporary)
     return target
 
@@ -491,12 +519,16 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
-def model_card(plan: Plan, model: nn.Module | None = None) -> str:
+def model_card(
+    plan: Plan, model: nn.Module | None = None, *, results: Mapping[str, Any] | None = None, portable: bool = False
+) -> str:
     """Describe an edited model for those who find it.
 
     Args:
         plan: What was done to it.
         model: The edited model; if it has low-rank layers, the card tells its size and how to load it.
+        results: As for `save`.
+        portable: A modeling file lies beside it.
 
     Returns:
         Markdown with Hugging Face's metadata header.
@@ -508,7 +540,7 @@ def model_card(plan: Plan, model: nn.Module | None = None) -> str:
     rows = [f"| {code(e.matrix)} | {e.kind} | {e.rho:g} | {e.rank} of {min(e.shape)} | {e.basis} |" for e in plan.edits]
     base = yaml.safe_dump({"base_model": plan.model.source}).rstrip("\n")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    size = _size_lines(model, config) if model is not None and isinstance(config, LowRankConfig) else []
+    size = _size_lines(model, config, portable) if model is not None and isinstance(config, LowRankConfig) else []
     command = shlex.join(["eckart", "apply", plan.model.source, "plan.json", *([] if size else ["--dense"])])
     if any(edit.weighting != "none" for edit in plan.edits):
         # The factors depend on a calibration text, which the plan does not hold.
@@ -531,6 +563,7 @@ def model_card(plan: Plan, model: nn.Module | None = None) -> str:
             f"Made again by {code(command + ' --out DIR')}.",
             "",
             *size,
+            *_proved_lines(results),
             "| matrix | kind | rho | rank | basis |",
             "|---|---|---|---|---|",
             *rows,
@@ -539,7 +572,36 @@ def model_card(plan: Plan, model: nn.Module | None = None) -> str:
     )
 
 
-def _size_lines(model: nn.Module, config: LowRankConfig) -> list[str]:
+_PORTABLE = [
+    f"Or without eckart, by the file `{MODELING}.py` beside the weights, which then runs on your machine: read it, and "
+    "give `from_pretrained` the argument `trust_remote_code=True`.",
+    "",
+]
+
+
+def _proved_lines(results: Mapping[str, Any] | None) -> list[str]:
+    """What the test examples of a search said, as a table; nothing where there is no such search."""
+    if results is None:
+        return []
+    rows = []
+    gains = {"accuracy": results["best"].get("test_gain"), "loss": results["best"].get("test_loss_gain")}
+    for name, before in results["baseline"]["test"].items():
+        after, gain = results["best"]["test"].get(name), gains.get(name)
+        numbers = [f"{m['value']:.4g} ± {m['stderr'] or 0:.2g}" if m else "" for m in (before, after)]
+        change = f"{gain['value']:+.3g} ({gain['interval'][0]:+.3g} to {gain['interval'][1]:+.3g})" if gain else ""
+        rows.append(f"| {name} | {numbers[0]} | {numbers[1]} | {change} |")
+    count = results["task"]["test"]
+    return [
+        f"Measured on {count} test examples that did not choose the plan, with standard errors:",
+        "",
+        "| measure | unedited | edited | change, 95 % interval |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _size_lines(model: nn.Module, config: LowRankConfig, portable: bool) -> list[str]:
     """What the card of a factored model says besides."""
     now, dense = sizes(model)
     stayed = [f"- `{name}` stayed dense: {reason}." for name, reason in config.dense.items()]
@@ -556,5 +618,6 @@ def _size_lines(model: nn.Module, config: LowRankConfig) -> list[str]:
         "dense = model.dequantize()  # where factors are not understood",
         "```",
         "",
+        *(_PORTABLE if portable else []),
         *([*stayed, ""] if stayed else []),
     ]

@@ -138,7 +138,7 @@ class FactoredLinear(_TwoFactors):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        _check_rank(rank, (out_features, in_features), smallest=0)
+        _check_layer_rank(rank, (out_features, in_features), smallest=0)
         super().__init__(in_features, out_features, device, dtype)
         self.down = _linear(in_features, rank, False, device, dtype)
         self.up = _linear(rank, out_features, bias, device, dtype)
@@ -207,7 +207,7 @@ class PivotedLinear(_TwoFactors):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        _check_rank(rank, (out_features, in_features))
+        _check_layer_rank(rank, (out_features, in_features))
         super().__init__(in_features, out_features, device, dtype)
         self.down = _linear(in_features, rank, False, device, dtype)
         self.up = _linear(rank, out_features - rank, False, device, dtype)
@@ -506,7 +506,7 @@ def _as_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
     return torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.int64, device=device)
 
 
-def _check_rank(rank: int, shape: tuple[int, int], smallest: int = 1) -> None:
+def _check_layer_rank(rank: int, shape: tuple[int, int], smallest: int = 1) -> None:
     if not smallest <= rank <= min(shape):
         raise RankError(
             f"rank {rank} does not fit a layer of shape {shape}. A rank here is from {smallest} to {min(shape)}. "

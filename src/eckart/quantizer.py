@@ -7,13 +7,12 @@ stored and where it goes, but nothing of plans.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -24,19 +23,63 @@ from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear,
 
 METHOD = "eckart"
 SCHEMA_VERSION = 1
+MODELING = "modeling_eckart"
+"""The modeling file of a portable folder, without `.py`."""
 
 
-class StoredLayer(BaseModel):
+@dataclass(frozen=True)
+class StoredLayer:
     """How one weight is stored: an entry of `quantization_config.layers` in config.json."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     storage: Literal["dense", "factored", "pivoted", "row_blocked", "experts"]
-    shape: tuple[int, int] = Field(description="(out, in), whatever the order in which it was stored densely")
-    rank: int | None = Field(default=None, ge=0, description="of a factored or pivoted weight, and of each expert")
-    transposed: bool = Field(default=False, description="it was stored densely as (in, out)")
-    blocks: tuple[StoredLayer, ...] = Field(default=(), description="the groups of rows of a row-blocked weight")
-    ordered: bool = Field(default=False, description="the blocks' rows are not neighbours in order")
+    shape: tuple[int, int]
+    """(out, in), whatever the order in which it was stored densely."""
+    rank: int | None = None
+    """Of a factored or pivoted weight, and of each expert."""
+    transposed: bool = False
+    """It was stored densely as (in, out)."""
+    blocks: tuple[StoredLayer, ...] = ()
+    """The groups of rows of a row-blocked weight."""
+    ordered: bool = False
+    """The blocks' rows are not neighbours in order."""
+
+    @classmethod
+    def from_json(cls, entry: Any) -> StoredLayer:
+        """Read an entry.
+
+        Args:
+            entry: Anything that JSON can hold, or what this returned.
+
+        Returns:
+            The same as a `StoredLayer`; whether its numbers fit the model is not known here.
+
+        Raises:
+            ValueError: A field is unknown, missing or of another kind.
+        """
+        if isinstance(entry, cls):
+            return entry
+        names = [field.name for field in fields(cls)]
+        if not isinstance(entry, Mapping) or not {"storage", "shape"} <= entry.keys() <= set(names):
+            raise ValueError(f"it has the fields {str(entry)[:80]}, and may have {', '.join(names)}")
+        shape, rank, blocks = entry["shape"], entry.get("rank"), entry.get("blocks", [])
+        if not isinstance(shape, (list, tuple)) or not isinstance(blocks, (list, tuple)):
+            raise ValueError("a shape is a list, and so are blocks")
+        if not all(type(size) is int and size >= 0 for size in (*shape, 0 if rank is None else rank)):
+            raise ValueError("sizes are integers that are not negative")
+        layer = cls(**{**entry, "shape": tuple(shape), "blocks": tuple(map(cls.from_json, blocks))})
+        if len(layer.shape) != 2 or layer.storage not in ("dense", "factored", "pivoted", "row_blocked", "experts"):
+            raise ValueError(f"its storage is {str(layer.storage)[:80]}, of shape {layer.shape}")
+        if type(layer.transposed) is not bool or type(layer.ordered) is not bool:
+            raise ValueError("transposed and ordered are true or false")
+        return layer
+
+    def to_json(self) -> dict[str, Any]:
+        """Write the entry; fields at their defaults are left out."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        given["shape"] = list(self.shape)
+        given["blocks"] = [block.to_json() for block in self.blocks]
+        return given if self.blocks else {name: value for name, value in given.items() if name != "blocks"}
 
 
 @dataclass(frozen=True)
@@ -78,16 +121,16 @@ class LowRankConfig(QuantizationConfigMixin):
         self.schema_version = schema_version
         self.dense = dict(dense or {})
         try:
-            self.layers = {name: StoredLayer.model_validate(layer) for name, layer in (layers or {}).items()}
-        except (ValidationError, AttributeError) as error:
+            self.layers = {name: StoredLayer.from_json(layer) for name, layer in (layers or {}).items()}
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ModelError(
-                f"config.json describes a low-rank layer that is not understood: {str(error).splitlines()[0]}. "
+                f"config.json describes a low-rank layer that is not understood: {error}. "
                 "An entry of quantization_config.layers has a storage, a shape and a rank. Write the folder again."
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Give the JSON of it."""
-        layers = {name: layer.model_dump(mode="json", exclude_defaults=True) for name, layer in self.layers.items()}
+        layers = {name: layer.to_json() for name, layer in self.layers.items()}
         return {
             "quant_method": self.quant_method,
             "schema_version": self.schema_version,
@@ -112,8 +155,16 @@ class LowRankQuantizer(HfQuantizer):
             if path is not None:
                 found[path] = stored
                 replace_(model, path, _empty_layer(model, path, stored))
+        if self.quantization_config.layers and not found:
+            raise ModelError(
+                f"{type(model).__name__} has none of the {len(self.quantization_config.layers)} low-rank layers that "
+                f"config.json describes, {next(iter(self.quantization_config.layers))} first. A class that has some of "
+                "them can be loaded. Load it with the class that saved it."
+            )
         # A base model loaded from a model with a head has other paths, and saves these.
         self.quantization_config.layers = found
+        if not model.is_remote_code():
+            _forget_modeling(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
@@ -147,6 +198,7 @@ class LowRankQuantizer(HfQuantizer):
             )
         self.remove_quantization_config(model)
         vars(model).pop("_weight_conversions", None)
+        _forget_modeling(model)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self) -> Any:
@@ -170,10 +222,13 @@ class LowRankQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Tell transformers of the quantizer; a second call does nothing."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(LowRankQuantizer)
-        register_quantization_config(METHOD)(LowRankConfig)
+    """Tell transformers of the quantizer; a second call does nothing.
+
+    The copy of this in a portable folder leaves in place what is there; eckart itself replaces that copy.
+    """
+    if METHOD not in AUTO_QUANTIZER_MAPPING or __name__ == "eckart.quantizer":
+        AUTO_QUANTIZER_MAPPING[METHOD] = LowRankQuantizer
+        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowRankConfig
 
 
 def attach_(model: Any, layers: Mapping[str, StoredLayer], dense: Mapping[str, str]) -> None:
@@ -273,6 +328,13 @@ def empty_layer(stored: StoredLayer, *, bias: bool) -> Any:
         EckartError: The description does not fit together.
     """
     return _empty(stored, bias, {"device": "meta"})
+
+
+def _forget_modeling(model: Any) -> None:
+    """Drop what config.json says of a portable folder's modeling file, which no later folder has by itself."""
+    classes: dict[str, str] = getattr(model.config, "auto_map", None) or {}
+    if any(name.startswith(f"{MODELING}.") for name in classes.values() if isinstance(name, str)):
+        del model.config.auto_map
 
 
 def _path_in(model: Any, name: str) -> str | None:

@@ -229,7 +229,51 @@ class CompressSettings(Settings):
         return types
 
 
-S = TypeVar("S", bound=Settings)
+class RecoverSettings(BaseModel):
+    """What a recovery can be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["factors", "lora"] = Field(default="factors", description="train both factors, or LoRA on each")
+    loss: Literal["lm", "kl", "both"] = Field(
+        default="both", description="the next token, divergence from the teacher, or their sum"
+    )
+    lm_weight: float = Field(default=0.2, ge=0, description="weight of the next token in loss 'both'")
+    init: Literal["zero", "residual", "output-residual"] = Field(
+        default="zero",
+        description="start from the model as it is, or with its last components replaced by the best correction of "
+        "the others towards the teacher's weights, in the metric of weights or of outputs",
+    )
+    rank: int = Field(default=8, ge=1, description="components that 'init' replaces, and rank of 'lora'")
+    adapter: bool = Field(default=False, description="leave LoRA beside the model as a PEFT adapter, not merged")
+    refine: int = Field(default=0, ge=0, description="passes in which each block first learns the dense block's output")
+    refine_lr: float = Field(default=1e-3, gt=0, description="learning rate of 'refine'")
+    steps: int = Field(default=600, ge=0, description="steps of the optimizer; 0 only initialises and refines")
+    minutes: float | None = Field(default=None, gt=0, description="as many steps as fit, instead of 'steps'")
+    lr: float = Field(default=1e-3, gt=0, description="largest learning rate; models of billions want 1e-5 to 1e-4")
+    schedule: Literal["cosine", "linear"] = Field(default="cosine", description="how the learning rate falls")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps in which it rises")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of a gradient")
+    batch: int = Field(default=8, ge=1, description="windows of a step")
+    window: int = Field(default=256, ge=2, description="tokens of a window")
+    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="share of the text that chooses, and that proves")
+    evaluations: int = Field(default=10, ge=1, description="looks at the held-out text")
+    patience: int | None = Field(default=5, ge=1, description="looks without a better state before it stops")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="of products; factors are float32")
+    gradient_checkpointing: bool = Field(default=False, description="compute activations twice, to save memory")
+    cache_bytes: int = Field(default=2**30, ge=0, description="most that the teacher's predictions may take on disk")
+    teacher_top: int | None = Field(default=64, ge=1, description="likeliest tokens that are kept there; None for all")
+    batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="most tokens that are read at once")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of every random choice")
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> RecoverSettings:
+        if self.adapter and self.method != "lora":
+            raise ValueError("'adapter' goes with method 'lora'; factors are trained themselves")
+        return self
+
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = None) -> S:
@@ -269,7 +313,7 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
         ) from None
 
 
-def write_recipe(settings: Settings) -> str:
+def write_recipe(settings: BaseModel) -> str:
     """Write settings as a YAML recipe that makes the same settings again.
 
     Args:

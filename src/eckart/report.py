@@ -280,7 +280,82 @@ def _side(name: str) -> str:
     return "unedited" if name == "none" else name
 
 
+def _recover_page(results: Json) -> Json:
+    """What the report of a recovery shows."""
+    test, gain, size = results["test"], results["gain"], results["size"]
+    low, high = _interval(gain)
+    rows = [
+        (name, test[key], change)
+        for name, key, change in (
+            ("before", "before", None),
+            ("recovered", "after", gain),
+            ("teacher", "teacher", None),
+        )
+        if key in test
+    ]
+    against = results["teacher_gain"]
+    times = f", {math.exp(against['value']):.3f} times the teacher's" if against else ""
+    changed = "lowers" if high < 0 else "raises" if low > 0 else "does not surely change"
+    verdict = (
+        f"Recovery {changed} perplexity: from {_measurement(test['before']['perplexity'])} to "
+        f"{_measurement(test['after']['perplexity'])}{times} (loss {_signed(gain['value'], 3)} nats/token, "
+        f"95{HARD_SPACE}% interval {_span(low, high)}) on {_count(gain['count'])} windows that took no part in "
+        "training or choosing."
+    )
+    adapter = size["adapter"]
+    charged = f", and {_bytes(adapter['bytes'])} for the adapter beside it" if adapter else ""
+    model, dense = size["model"], size["dense"]
+    return {
+        "title": f"Recovery on {results['data']['name']}",
+        "verdict": verdict,
+        "effort": (
+            f"{_count(size['trained'])} parameters were trained for {_count(results['curve'][-1]['step'])} steps; "
+            f"step {_count(results['best_step'])} was best on held-out text and was kept"
+            f"{', and training stopped early' if results['stopped'] else ''}. The model takes "
+            f"{_bytes(model['bytes'])}{charged}; dense it would take {_bytes(dense['bytes'])}."
+        ),
+        "rows": rows,
+        "against": against,
+        "curve": _learning_curve(results["curve"], results["best_step"]),
+        "points": results["curve"],
+        "plots": None,
+        "plotly": "",
+    }
+
+
+def _learning_curve(points: list[Json], best: int) -> Json | None:
+    """Coordinates of the held-out loss against the steps, in a box of 640 by 260."""
+    shown = [p for p in points if _finite(p["held_out"]["value"]) and _finite(p["held_out"]["stderr"])]
+    if len(shown) < 2:
+        return None
+    values, errors = ([p["held_out"][key] for p in shown] for key in ("value", "stderr"))
+    top, bottom = (sign * max(sign * v + e for v, e in zip(values, errors)) for sign in (1, -1))
+    last, height = shown[-1]["step"], top - bottom or 1.0
+
+    def x(step: float) -> float:
+        return round(52 + 576 * step / last, 1)
+
+    def y(loss: float) -> float:
+        return round(14 + 206 * (top - loss) / height, 1)
+
+    upper = [f"{x(p['step'])},{y(v + e)}" for p, v, e in zip(shown, values, errors)]
+    lower = [f"{x(p['step'])},{y(v - e)}" for p, v, e in zip(shown, values, errors)]
+    ticks = [bottom + height * part / 4 for part in range(5)]
+    kept = next((p for p in shown if p["step"] == best), shown[0])
+    return {
+        "line": " ".join(f"{x(p['step'])},{y(v)}" for p, v in zip(shown, values)),
+        "band": " ".join([*upper, *reversed(lower)]),
+        "dots": [
+            (x(p["step"]), y(v), f"step {p['step']}: {_measurement(p['held_out'])}") for p, v in zip(shown, values)
+        ],
+        "best": (x(kept["step"]), y(kept["held_out"]["value"])),
+        "losses": [(y(tick), _number(tick, 3)) for tick in ticks],
+        "steps": [(x(part * last / 4), _count(part * last / 4)) for part in range(5)],
+    }
+
+
 PAGES = {
+    "recover": (_recover_page, "recover.html.j2"),
     "compress": (_compress_page, "compress.html.j2"),
     "search": (_search_page, "report.html.j2"),
     "evaluate": (_evaluate_page, "report.html.j2"),

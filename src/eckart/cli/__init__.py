@@ -5,7 +5,16 @@ One module a verb; `program` has the options they share, `console` how things ar
 
 import logging
 
-from eckart.cli import apply, compress, evaluate, search  # noqa: F401 each adds its verbs to `app`
+from eckart.cli import (  # noqa: F401 each adds its verbs to `app`
+    apply,
+    compress,
+    evaluate,
+    export,
+    recover,
+    run,
+    search,
+    serve,
+)
 from eckart.cli.program import app
 
 

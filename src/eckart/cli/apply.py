@@ -19,16 +19,23 @@ def apply(
     ],
     out: Out,
     dense: Annotated[bool, typer.Option("--dense", help="Write dense weights, not factors.")] = False,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Add a modeling file, for trust_remote_code=True without eckart.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "stored",
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Write the model that a plan describes to OUT/model."""
+    if dense and portable:
+        raise typer.BadParameter("dense weights load anywhere as they are", param_hint="--portable")
     with reported(debug):
         from eckart.run import run_apply
 
-        folder, factoring = run_apply(model, plan, out, device=device, dtype=dtype, force=force, dense=dense)
+        folder, factoring = run_apply(
+            model, plan, out, device=device, dtype=dtype, force=force, dense=dense, portable=portable
+        )
         if factoring is None or not factoring.layers:
             output.print(f"Wrote {safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
         else:

@@ -23,10 +23,11 @@ output = Console(highlight=False)
 
 
 @contextmanager
-def reported(debug: bool, resume: bool = False) -> Iterator[None]:
+def reported(debug: bool, resume: bool = False, transformers: bool = True) -> Iterator[None]:
     """Turn errors into one message and an exit status: 1 bad input, 130 interrupted."""
     try:
-        silence_transformers()
+        if transformers:
+            silence_transformers()
         yield
     except EckartError as error:
         if debug:
@@ -57,7 +58,12 @@ def leading(found: Mapping[str, Any]) -> str:
 
 def safe(text: str) -> str:
     """Disarm text from models and data: no console markup, no control characters."""
-    return markup.escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+    return markup.escape(disarmed(text))
+
+
+def disarmed(text: str) -> str:
+    """Take control characters out of text, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def number(found: Measurement | None) -> str:

@@ -1,0 +1,199 @@
+"""How much of the quality that low rank costs comes back, in how much CPU time, and what initialisation is worth.
+
+    OMP_NUM_THREADS=1 python benchmarks/recover.py SHARED [PART …]
+
+SHARED holds models/ and text/; parts are `same`, `new`, `init`, `method`, `teacher`, `table` (all by default). Models
+are cut to an equal share of every matrix (pivoted storage unless a part says otherwise) by the closed form in the
+metric of outputs, then trained. Text for training and for measuring are different files. Each case is kept in a JSON
+file beside this script when it is done, and is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import eckart
+from eckart.dataflow import low_rank_layers
+from eckart.factoring import factor_
+from eckart.initialisation import dense_weights, initialise_, input_moments
+from eckart.matrices import find_matrices
+from eckart.plan import Edit
+from eckart.recipe import RecoverSettings
+from eckart.recovery import recover
+from eckart.results import environment, paired_gain, perplexity, to_json, write_text
+from eckart.training import make_windows, window_losses
+
+RESULTS = Path(__file__).parent / "results"
+WINDOW, TEST_WINDOWS = 256, 128
+KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
+STEPS = {"stories260K": 600, "pebble-7m": 60}
+RATE = {"stories260K": 4e-3, "pebble-7m": 1e-3}
+
+
+def edits_of(model: Any, budget: float | str, *, pivoted: bool = True) -> list[Edit]:
+    """Every matrix in the blocks, at one share of its numbers, or at half of its smaller side."""
+    edits = []
+    for matrix in find_matrices(model):
+        if matrix.layer is None or matrix.type in ("other", "qkv_proj"):
+            continue
+        rows, columns = matrix.shape
+        total = rows + columns
+        if budget == "half":
+            rank = min(matrix.shape) // 2
+        elif pivoted:
+            rank = int((total - math.sqrt(total**2 - 4 * budget * rows * columns)) / 2)
+        else:
+            rank = int(budget * rows * columns / total)
+        rho = rank / min(matrix.shape)
+        edits.append(
+            Edit(matrix=matrix.name, layer=matrix.layer, type=matrix.type, shape=matrix.shape, rho=rho, rank=rank)
+        )
+    return edits
+
+
+class Case:
+    """One model, its text, and the windows that judge."""
+
+    def __init__(self, shared: Path, name: str, text: str):
+        self.name = name
+        self.dense, self.tokenizer = eckart.load(str(shared / "models" / name))
+        self.text = eckart.read_text(shared / "text" / f"{text}_calibration.txt")
+        judged = eckart.read_text(shared / "text" / f"{text}_validation.txt")
+        whole = [self.tokenizer(example.prompt).input_ids for example in judged.examples]
+        ids = torch.tensor([token for document in whole for token in document])
+        rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+        self.judges = rows[torch.arange(TEST_WINDOWS) * len(rows) // TEST_WINDOWS]
+        self.dense_losses = self.losses(self.dense)
+
+    def losses(self, model: Any) -> np.ndarray:
+        return window_losses(model, self.judges.split(8))
+
+    def cut(self, shared: Path, budget: float | str, metric: str = "outputs", **how: Any) -> Any:
+        """The dense model with factors: plain SVD, ASVD (alpha 0.5), or the closed form in the metric of outputs."""
+        model, _ = eckart.load(str(shared / "models" / self.name))
+        factor_(model, edits_of(model, budget, **how), at_most=1.01)
+        if metric != "weights":
+            windows = make_windows(self.text, self.tokenizer, RecoverSettings(), None).train[:64]
+            moments = input_moments(self.dense, list(low_rank_layers(model)), windows.split(8))
+            if metric == "asvd":
+                moments = {path: found.diagonal().sqrt().diag() for path, found in moments.items()}
+            initialise_(model, dense_weights(model, self.dense), 10**6, moments)
+        return model
+
+    def facts(self, model: Any) -> dict[str, Any]:
+        losses = self.losses(model)
+        return {
+            "perplexity": perplexity(losses, np.full(len(losses), WINDOW - 1)),
+            "against_dense": paired_gain(self.dense_losses, losses, "nats/token"),
+            "times_dense": math.exp(losses.mean() - self.dense_losses.mean()),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+
+    def recovered(self, model: Any, **settings: Any) -> dict[str, Any]:
+        """Train a model, and measure it before and after."""
+        chosen = RecoverSettings(
+            **{"steps": STEPS[self.name], "lr": RATE[self.name], "evaluations": 5, "patience": None} | settings
+        )
+        before, started = self.facts(model), time.process_time()
+        found = recover(model, self.tokenizer, self.text, chosen, teacher=self.dense)
+        return {
+            "settings": chosen.model_dump(),
+            "before": before,
+            "after": self.facts(model),
+            "trained": found.facts["trained"],
+            "cpu_seconds": round(time.process_time() - started, 1),
+            "best_step": found.best_step,
+            # Documents of the training text that took no part; not always of one style with the other file.
+            "same_text": found.test | {"gain": found.gain, "against_dense": found.teacher_gain},
+            "curve": [(p.step, round(p.epoch, 3), p.held_out.value, p.held_out.stderr) for p in found.curve],
+        }
+
+
+def same(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Recovery on text of the same kind as the model's own."""
+    for name, kind in KIND.items():
+        for budget in (0.8, 0.5, "half"):
+
+            def measure(name: str = name, kind: str = kind, budget: float | str = budget) -> Any:
+                case = Case(shared, name, kind)
+                return {"dense": case.facts(case.dense)} | case.recovered(case.cut(shared, budget))
+
+            yield f"{name}, {kind}, {budget}", measure
+
+
+def new(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Recovery on a kind of text that is new to the model: by its tokens alone."""
+    for name, kind in (("stories260K", "books"), ("pebble-7m", "tinystories")):
+        for budget in (0.8, "half"):
+
+            def measure(name: str = name, kind: str = kind, budget: float | str = budget) -> Any:
+                case = Case(shared, name, kind)
+                return {"dense": case.facts(case.dense)} | case.recovered(case.cut(shared, budget), loss="lm")
+
+            yield f"{name}, {kind}, {budget}", measure
+
+
+def init(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """LoRA of rank 8 on the factors of an ASVD at half of the smaller side, from each initialisation; three seeds."""
+    for kind in ("tinystories", "books"):
+        for start in ("zero", "residual", "output-residual"):
+            for seed in range(3):
+
+                def measure(kind: str = kind, start: str = start, seed: int = seed) -> Any:
+                    case = Case(shared, "stories260K", kind)
+                    model = case.cut(shared, "half", "asvd", pivoted=False)
+                    loss = "lm" if kind == "books" else "both"
+                    options = {"steps": 60, "evaluations": 6, "lr": 5e-3, "rank": 8}
+                    return case.recovered(model, method="lora", init=start, seed=seed, loss=loss, **options)
+
+                yield f"stories260K, {kind}, {start}, seed {seed}", measure
+
+
+def method(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Factors against LoRA at equal bytes afterwards, in as many steps; LoRA at three learning rates."""
+    for budget in (0.8, 0.5):
+        for way, rate, rank in (
+            ("factors", 2e-3, 8),
+            ("lora", 2e-3, 8),
+            ("lora", 1e-2, 8),
+            ("lora", 5e-3, 16),
+        ):
+
+            def measure(budget: float = budget, way: str = way, rate: float = rate, rank: int = rank) -> Any:
+                case = Case(shared, "stories260K", "tinystories")
+                return case.recovered(case.cut(shared, budget), method=way, lr=rate, rank=rank, steps=120)
+
+            yield f"stories260K, {budget}, {way}, rate {rate}, rank {rank}", measure
+
+
+PARTS = {"same": same, "new": new, "init": init, "method": method}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shared", type=Path)
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for part in options.parts:
+        path = RESULTS / f"recover-{part}.json"
+        found = json.loads(path.read_text()) if path.exists() else {"environment": environment(), "cases": {}}
+        for name, measure in PARTS[part](options.shared):
+            if name not in found["cases"] and options.only in name:
+                found["cases"][name] = measure()
+                write_text(path, to_json(found))
+                print(part, name, json.loads(to_json(found["cases"][name]["after"]["perplexity"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

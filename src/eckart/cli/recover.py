@@ -1,0 +1,141 @@
+"""`eckart recover`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eckart.cli.console import errors, gain_of, number, output, reported, safe
+from eckart.cli.program import BatchTokens, Debug, Device, Json, Out, Recipe, Seed, Window, app
+
+if TYPE_CHECKING:
+    from eckart.recovery import Recovery
+
+
+@app.command()
+def recover(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of a factored model, or a run's folder.", show_default=False)
+    ],
+    data: Annotated[Path, typer.Option(help="Text to learn from.", show_default=False)],
+    out: Out,
+    teacher: Annotated[str | None, typer.Option(help="The model before compression: a folder or an id.")] = None,
+    method: Annotated[str | None, typer.Option(help="factors or lora.  [default: factors]")] = None,
+    loss: Annotated[str | None, typer.Option(help="lm, kl (from the teacher) or both.  [default: both]")] = None,
+    lm_weight: Annotated[float | None, typer.Option(help="Weight of lm in both.  [default: 0.2]")] = None,
+    init: Annotated[str | None, typer.Option(help="zero, residual or output-residual.  [default: zero]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of --init and --method lora.  [default: 8]")] = None,
+    adapter: Annotated[bool | None, typer.Option(help="Leave LoRA as a PEFT adapter beside the model.")] = None,
+    refine: Annotated[int | None, typer.Option(help="Passes over the text block by block first.  [default: 0]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer.  [default: 600]")] = None,
+    minutes: Annotated[float | None, typer.Option(help="As many steps as fit, instead of --steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate.  [default: 0.001]")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine or linear.  [default: cosine]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows of a step.  [default: 8]")] = None,
+    window: Window = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the text that chooses, and that proves.  [default: 0.1]")
+    ] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Looks at held-out text.  [default: 10]")] = None,
+    patience: Annotated[int | None, typer.Option(help="Looks without a gain before it stops.  [default: 5]")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.  [default: float32]")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Compute activations twice, to save memory.")
+    ] = None,
+    cache_bytes: Annotated[
+        int | None, typer.Option(help="Disk for the teacher's predictions.  [default: 1 GiB]")
+    ] = None,
+    batch_tokens: BatchTokens = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    recipe: Recipe = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print a forecast; train nothing.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Win quality back by a short training, at unchanged size."""
+    from eckart.recipe import RecoverSettings, make_settings
+    from eckart.results import to_json
+    from eckart.run import forecast_recover
+
+    with reported(debug, resume=True):
+        given: dict[str, Any] = {
+            "method": method,
+            "loss": loss,
+            "lm_weight": lm_weight,
+            "init": init,
+            "rank": rank,
+            "adapter": adapter,
+            "refine": refine,
+            "steps": steps,
+            "minutes": minutes,
+            "lr": lr,
+            "schedule": schedule,
+            "batch": batch,
+            "window": window,
+            "held_out": held_out,
+            "evaluations": evaluations,
+            "patience": patience,
+            "precision": precision,
+            "gradient_checkpointing": gradient_checkpointing,
+            "cache_bytes": cache_bytes,
+            "batch_tokens": batch_tokens,
+            "seed": seed,
+        }
+        settings = make_settings(RecoverSettings, given, recipe)
+        source = str(Path(model) / "model") if (Path(model) / "model" / "config.json").is_file() else model
+        if dry_run:
+            found = forecast_recover(source, data, settings, teacher=teacher, device=device)
+            if json:
+                sys.stdout.write(to_json(found))
+            else:
+                for name, value in found.items():
+                    output.print(f"{name:>20}  {safe(str(value))}")
+            return
+        recovery = _recover(source, data, out, settings, teacher, device)
+        if json:
+            sys.stdout.write((out / "results.json").read_text(encoding="utf-8"))
+        else:
+            _print_recovery(recovery, out)
+
+
+def _recover(source: str, data: Path, out: Path, settings: Any, teacher: str | None, device: str) -> Recovery:
+    from eckart.run import is_unfinished_recovery, run_recover
+
+    if is_unfinished_recovery(out):
+        errors.print(f"Resuming the unfinished recovery in {safe(str(out))}.")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        line = bar.add_task("loading", total=None, facts="")
+
+        def show(now: Any) -> None:
+            facts = f"held-out loss {number(now.held_out)}" if now.held_out else ""
+            bar.update(line, description=now.stage, completed=now.done, total=now.total, facts=facts)
+
+        return run_recover(source, data, out, settings, teacher=teacher, device=device, progress=show)
+
+
+def _print_recovery(found: Recovery, out: Path) -> None:
+    table = Table("test windows", "perplexity", "loss", "change, 95 % interval", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, label in (("before", "before"), ("after", "recovered"), ("teacher", "teacher")):
+        if name in found.test:
+            measured = found.test[name]
+            change = gain_of(found.gain) if name == "after" else ""
+            table.add_row(label, number(measured["perplexity"]), number(measured["loss"]), change)
+    output.print(table)
+    last = found.curve[-1].step
+    early = ", and training stopped early" if found.stopped else ""
+    output.print(f"Step {found.best_step} of {last} was best on held-out text and was kept{early}.")
+    output.print(f"Model:  {safe(str(out / 'model'))}\nReport: {safe(str(out / 'report.html'))}", soft_wrap=True)

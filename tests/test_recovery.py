@@ -1,0 +1,445 @@
+"""Recovery at unchanged size. Oracles: the same training written out, an undisturbed run, peft, the dense model."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, kl_div
+
+import eckart
+import tiny_models as tiny
+from eckart.errors import ModelError, OutputError, TaskError
+from eckart.factoring import factor_
+from eckart.matrices import find_matrices
+from eckart.quantizer import sizes
+from eckart.recipe import RecoverSettings
+from eckart.recovery import check, factors_of, forecast_recovery, recover
+from eckart.refinement import refine_block_, stacks_of
+from eckart.surgery import make_edit
+from eckart.tasks import Example, make_task
+from eckart.training import make_windows, planned_steps, rate_at, window_losses
+from nursery import Nursery
+
+SMALL = {"window": 16, "batch": 4, "steps": 6, "lr": 5e-3, "evaluations": 3, "patience": None, "held_out": 0.15}
+
+
+def text(documents=24, words=40):
+    """Documents with something to learn: each word follows from the one before it."""
+    rows = []
+    for start in range(documents):
+        ids = [(start * 5) % 90]
+        for _ in range(words - 1):
+            ids.append((7 * ids[-1] + 3) % 90)
+        rows.append(" ".join(f"w{5 + i}" for i in ids))
+    return make_task("chain", [Example(row, None) for row in rows])
+
+
+def compressed(name="llama", rho=0.5, types=("fc_in", "fc_up", "fc_out", "q_proj")):
+    """A dense model, and the same with factors."""
+    teacher, model = tiny.build(name), tiny.build(name)
+    edits = [make_edit(m, rho) for m in find_matrices(model) if m.layer is not None and m.type in types]
+    factor_(model, edits, at_most=1.0)
+    return teacher, model
+
+
+def losses(model, task, settings):
+    windows = make_windows(task, tiny.tokenizer(), settings, None)
+    return window_losses(model, windows.test.split(4)).mean()
+
+
+@pytest.mark.parametrize("loss", ["lm", "kl", "both"])
+def test_training_lowers_what_it_minimises_on_text_that_took_no_part(loss):
+    teacher, model = compressed()
+    settings = RecoverSettings(**SMALL | {"steps": 40}, loss=loss)
+    windows = make_windows(text(), tiny.tokenizer(), settings, None)
+
+    def away(student):
+        with torch.no_grad():
+            ours, theirs = (m(input_ids=windows.test).logits.log_softmax(-1) for m in (student, teacher))
+        return float(kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean())
+
+    before = away(model)
+    found = recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+    if loss == "kl":
+        assert away(model) < 0.9 * before
+    else:
+        assert found.gain.interval[1] < 0
+        assert found.test["after"]["loss"].value < found.test["before"]["loss"].value
+    assert found.gain.count == len(windows.test)
+    assert found.test["after"]["loss"].value == pytest.approx(losses(model, text(), settings), rel=1e-6)
+
+
+def test_training_is_adamw_on_both_factors_as_written_out():
+    """Oracle: torch's own loop, over the same batches, from the definition of the loss."""
+    teacher, model = compressed()
+    settings = RecoverSettings(**SMALL, loss="both", lm_weight=0.3)
+    twin = deepcopy(model)
+    recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+    windows = make_windows(text(), tiny.tokenizer(), settings, None).train
+    weights = list(factors_of(twin).values())
+    optimizer = torch.optim.AdamW(weights, lr=0, weight_decay=0)
+    each = len(windows) // 4
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step // each)
+        order = torch.randperm(len(windows), generator=generator)
+        ids = windows[order[step % each * 4 :][:4]]
+        optimizer.param_groups[0]["lr"] = 5e-3 * rate_at(step, 6, settings)
+        logits = twin(input_ids=ids).logits
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids).logits.softmax(-1)
+        divergence = (wanted * (wanted.log() - logits.log_softmax(-1))).sum(-1).mean()
+        language = cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        (divergence + 0.3 * language).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+    held_out = make_windows(text(), tiny.tokenizer(), settings, None).held_out
+    assert window_losses(twin, [held_out]).mean() == pytest.approx(window_losses(model, [held_out]).mean(), abs=1e-4)
+    for name, weight in factors_of(model).items():
+        torch.testing.assert_close(weight, dict(twin.named_parameters())[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "phi3", "bloom"])
+@pytest.mark.parametrize("method", ["factors", "lora"])
+def test_size_storage_dtype_and_all_other_weights_stay(name, method):
+    types = ("fc_in", "fc_up", "fc_out", "q_proj")
+    teacher, model = compressed(name, 0.4, types)
+    model.to(torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    size, flags = sizes(model), [p.requires_grad for p in model.parameters()]
+    settings = RecoverSettings(**SMALL | {"steps": 3}, method=method, rank=2)
+    found = recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+    after = model.state_dict()
+    assert sizes(model) == size
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [(key, t.dtype, t.shape) for key, t in after.items()] == [(k, t.dtype, t.shape) for k, t in before.items()]
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert changed <= set(factors_of(model))
+    if found.best_step:
+        assert changed
+
+
+def test_the_best_state_is_kept_even_if_it_is_the_first():
+    teacher, model = compressed()
+    recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL | {"steps": 40}, loss="lm"))
+    before = {name: weight.clone() for name, weight in factors_of(model).items()}
+    found = recover(
+        model, tiny.tokenizer(), text(), RecoverSettings(**SMALL | {"lr": 30.0, "clip": 1e6}), teacher=teacher
+    )
+    assert found.best_step == 0
+    assert found.gain.value == 0
+    for name, weight in factors_of(model).items():
+        assert torch.equal(weight, before[name])
+
+
+def test_training_stops_when_held_out_loss_has_not_fallen_for_so_many_looks():
+    teacher, model = compressed()
+    settings = RecoverSettings(**SMALL | {"lr": 3.0, "steps": 40, "evaluations": 20, "patience": 3})
+    found = recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+    values = [point.held_out.value for point in found.curve]
+    assert found.stopped
+    assert found.curve[-1].step < 40
+    assert len(values) - 1 - int(np.nanargmin(values)) == 3
+    assert found.curve[int(np.nanargmin(values))].step == found.best_step
+
+
+def test_no_document_is_in_two_parts_and_no_token_is_made_up():
+    settings = RecoverSettings(**SMALL)
+    chance = random.Random(0)
+    rows = [" ".join(f"w{chance.randint(5, 96)}" for _ in range(40)) for _ in range(24)]
+    documents = [tiny.tokenizer()(row).input_ids for row in rows]
+    windows = make_windows(make_task("rows", [Example(row, None) for row in rows]), tiny.tokenizer(), settings, None)
+    parts = []
+    for part in (windows.train, windows.held_out, windows.test):
+        joined = part.reshape(-1).tolist()
+        owners = {
+            i for i, ids in enumerate(documents) if any(joined[k : k + 10] == ids[:10] for k in range(len(joined)))
+        }
+        parts.append(owners)
+        assert part.shape[1] == 16
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    total = sum(map(len, documents))
+    assert total - 3 * 16 < sum(part.numel() for part in (windows.train, windows.held_out, windows.test)) <= total
+
+
+def test_another_seed_gives_other_parts_and_the_same_seed_the_same():
+    one, same, other = (
+        make_windows(text(), tiny.tokenizer(), RecoverSettings(**SMALL, seed=seed), None).train for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
+def test_the_learning_rate_rises_then_falls_and_stays_in_its_range(schedule, warmup):
+    settings = RecoverSettings(schedule=schedule, warmup=warmup)
+    rates = [rate_at(step, 50, settings) for step in range(50)]
+    top = math.ceil(warmup * 50)
+    assert all(a < b for a, b in zip(rates[: max(0, top - 1)], rates[1:top]))
+    assert all(a >= b for a, b in zip(rates[top:], rates[top + 1 :]))
+    assert max(rates) == 1
+    assert min(rates) > 0
+
+
+def test_minutes_become_steps_that_leave_time_for_the_looks():
+    settings = RecoverSettings(minutes=2, evaluations=10, batch=8)
+    assert planned_steps(settings, 1.0, 24) == 120 - 10
+    assert planned_steps(settings, 1e9, 24) == 1
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    results = []
+    for batch_tokens in (16, 10_000):
+        teacher, model = compressed()
+        settings = RecoverSettings(**SMALL | {"steps": 2}, batch_tokens=batch_tokens)
+        recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+        results.append({name: weight.detach().clone() for name, weight in factors_of(model).items()})
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_when_activations_are_computed(monkeypatch):
+    calls = []
+    from transformers import modeling_utils
+
+    original = modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    results = []
+    for wanted in (False, True):
+        teacher, model = compressed("gpt2")  # which has dropout
+        settings = RecoverSettings(**SMALL | {"steps": 3}, gradient_checkpointing=wanted)
+        found = recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+        results.append([point.held_out.value for point in found.curve])
+        assert not any(module.training for module in model.modules())
+        assert bool(calls) == wanted
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+
+
+def test_bfloat16_training_keeps_factors_precise_and_still_learns():
+    teacher, model = compressed()
+    settings = RecoverSettings(**SMALL | {"steps": 30}, precision="bfloat16")
+    found = recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+    assert found.gain.value < 0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# LoRA
+
+
+def test_a_merged_adapter_and_one_beside_the_model_are_the_same_model(tmp_path):
+    from peft import PeftModel
+
+    settings = SMALL | {"steps": 10, "method": "lora", "rank": 2}
+    teacher, one = compressed()
+    merged = recover(one, tiny.tokenizer(), text(), RecoverSettings(**settings), teacher=teacher)
+    _, two = compressed()
+    untouched = {key: tensor.clone() for key, tensor in two.state_dict().items()}
+    beside = recover(two, tiny.tokenizer(), text(), RecoverSettings(**settings, adapter=True), teacher=teacher)
+    assert merged.adapter is None
+    assert merged.peft is None
+    assert beside.adapter.parameters == beside.facts["trained"]
+    beside.peft.save_pretrained(tmp_path / "adapter")
+    base = beside.peft.unload()
+    assert {key: t.shape for key, t in base.state_dict().items()} == {k: t.shape for k, t in untouched.items()}
+    assert all(torch.equal(tensor, untouched[key]) for key, tensor in base.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers by an old name
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, one(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["residual", "output-residual"])
+def test_lora_from_a_residual_starts_where_the_initialised_model_is(init):
+    settings = SMALL | {"init": init, "rank": 3}
+    teacher, one = compressed()
+    recover(one, tiny.tokenizer(), text(), RecoverSettings(**settings | {"steps": 0}), teacher=teacher)
+    _, two = compressed()
+    found = recover(two, tiny.tokenizer(), text(), RecoverSettings(**settings, method="lora"), teacher=teacher)
+    windows = make_windows(text(), tiny.tokenizer(), RecoverSettings(**SMALL), None).held_out
+    assert found.curve[0].held_out.value == pytest.approx(window_losses(one, [windows]).mean(), abs=1e-5)
+    assert found.best_step > 0
+
+
+# Refinement
+
+
+def test_refinement_brings_every_block_nearer_to_the_dense_block():
+    teacher, model = compressed()
+    settings = RecoverSettings(**SMALL, refine=8, refine_lr=5e-3)
+    windows = make_windows(text(), tiny.tokenizer(), settings, None).train
+    (stack,) = stacks_of(model)
+    assert stack == [f"model.layers.{i}" for i in range(3)]
+    for number, block in enumerate(stack):
+        other = deepcopy(dict(model.named_parameters()))
+        before, after = refine_block_(model, teacher, block, windows, settings)
+        assert after < before
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, other[n])}
+        assert moved
+        assert all(name.startswith(f"model.layers.{number}.") for name in moved)
+
+
+def test_refinement_alone_lowers_the_loss_of_a_recovery_without_steps():
+    teacher, model = compressed()
+    found = recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL | {"steps": 0}, refine=8), teacher=teacher)
+    assert found.best_step == found.steps == 0
+    assert found.gain.value < 0
+
+
+# What cannot be
+
+
+def test_what_cannot_be_recovered_is_refused_before_anything_is_computed():
+    teacher, model = compressed()
+    with pytest.raises(ModelError, match="no low-rank layers"):
+        recover(tiny.build("llama"), tiny.tokenizer(), text(), teacher=teacher)
+    with pytest.raises(ModelError, match=r"no teacher.*--teacher MODEL"):
+        recover(model, tiny.tokenizer(), text())
+    with pytest.raises(ModelError, match="init 'residual'"):
+        check(model, tiny.tokenizer(), RecoverSettings(loss="lm", init="residual"), None)
+    with pytest.raises(TaskError, match="shorter --window"):
+        recover(model, tiny.tokenizer(), text(), RecoverSettings(window=1024), teacher=teacher)
+    with pytest.raises(TaskError, match="too few"):
+        recover(model, tiny.tokenizer(), text(2), RecoverSettings(**SMALL), teacher=teacher)
+    with pytest.raises(TaskError, match="labelled"):
+        recover(model, tiny.tokenizer(), make_task("t", [Example("a", "b")]), RecoverSettings(**SMALL), teacher=teacher)
+    masked = compressed("bert")[1]
+    with pytest.raises(ModelError, match="predict the next token"):
+        recover(masked, tiny.tokenizer(mask=True), text(), RecoverSettings(**SMALL), teacher=teacher)
+    with pytest.raises(ModelError, match=r"no weight of shape .* at model\.layers"):
+        recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL, init="residual"), teacher=tiny.build("gpt2"))
+
+
+def test_a_forecast_takes_no_step():
+    teacher, model = compressed()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    found = forecast_recovery(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher)
+    assert found["steps"] == 6
+    assert found["seconds"] > 0
+    assert found["factor_parameters"] == sum(p.numel() for p in factors_of(model).values())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+
+
+# The command, killed and resumed
+
+
+@pytest.fixture(scope="module")
+def life(tmp_path_factory):
+    """Run `eckart` in a process of its own, which may get a signal at its n-th step or file."""
+    running = Nursery()
+    log = tmp_path_factory.mktemp("nursery") / "log"
+
+    def live(*arguments, at=0, where="step", kind="SIGKILL"):
+        return running.live(*arguments, log=log, fault=("trainer", at, where, kind))
+
+    yield live
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def command(tiny_llama_folder, tmp_path_factory):
+    """A factored model and its text in files, and the command that recovers it but for --out."""
+    folder = tmp_path_factory.mktemp("recovery")
+    model, tokenizer = eckart.load(str(tiny_llama_folder))
+    edits = [make_edit(m, 0.5) for m in find_matrices(model) if m.layer is not None and m.type != "other"]
+    factor_(model, edits, at_most=1.0)
+    eckart.save(model, folder / "small", tokenizer)
+    words = ["the", "a", "of", "in", "is", "ant", "bee", "cat", "dog", "red", "blue", "house", "field"]
+    rows = [" ".join(words[(i * i + d + 3 * i) % 13] for i in range(70)) for d in range(24)]
+    (folder / "text.txt").write_text("<|endofdoc|>".join(rows), encoding="utf-8")
+    options = ["--window", 16, "--batch", 4, "--steps", 14, "--lr", 0.005, "--evaluations", 3, "--batch-tokens", 32]
+    return [
+        "recover", folder / "small", "--data", folder / "text.txt", "--teacher", tiny_llama_folder,
+        "--refine", 1, "--init", "output-residual", "--rank", 3, *options,
+    ]  # fmt: skip
+
+
+def weights(out):
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_killed_anywhere_a_recovery_ends_with_the_bytes_of_an_undisturbed_one(life, command, tmp_path):
+    status, errors = life(*command, "--out", tmp_path / "whole")
+    assert status == 0, errors
+    out = tmp_path / "killed"
+    # Files: the start, two refined blocks, the first state; then a state a step, since checkpoints are always due.
+    for at, where in ((2, "before"), (3, "after"), (5, "step"), (3, "before"), (2, "after")):
+        status, errors = life(*command, "--out", out, at=at, where=where)
+        assert status == -signal.SIGKILL, (at, where, errors)
+        assert not (out / "results.json").exists()
+    status, errors = life(*command, "--out", out)
+    assert status == 0, errors
+    assert "Resuming the unfinished recovery" in errors
+    assert weights(out) == weights(tmp_path / "whole")
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
+    for results in (one, two):
+        del results["seconds"]
+        for point in results["curve"]:
+            del point["seconds"]
+    assert one == two
+    assert one["best_step"] > 0
+    assert sorted(path.name for path in out.iterdir()) == ["model", "recipe.yaml", "report.html", "results.json"]
+    # It loads as any factored folder, and its report is drawn again from the results alone.
+    assert eckart.load(str(out / "model"))[0].config.quantization_config.layers
+    page = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    eckart.write_report(out)
+    assert (out / "report.html").read_text() == page
+
+
+def test_ctrl_c_exits_130_with_the_command_that_resumes_and_another_command_is_refused(life, command, tmp_path):
+    status, errors = life(*command, "--out", tmp_path / "run", at=7, kind="SIGINT")
+    assert status == 130, errors
+    assert f"eckart recover {command[1]}" in errors.replace("\n", "")
+    status, errors = life(*command, "--out", tmp_path / "run", "--seed", 3)
+    assert status == 1
+    assert "another --out" in " ".join(errors.split())
+    assert load_file(tmp_path / "run" / "state" / "state.safetensors")
+
+
+def test_a_damaged_state_is_an_error_that_names_it(tmp_path):
+    teacher, model = compressed()
+    (tmp_path / "start.safetensors").write_bytes(b"\x01" * 30)
+    with pytest.raises(Exception, match=r"start\.safetensors is damaged"):
+        recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher=teacher, state=tmp_path)
+
+
+def test_a_state_of_other_weights_is_refused(tmp_path):
+    teacher, model = compressed()
+    recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher=teacher, state=tmp_path)
+    with pytest.raises(OutputError, match="other settings, weights or text"):
+        recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher=teacher, state=tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(life, command, tmp_path):
+    """Each reads half of every batch; sums are taken in another order, so that they agree but for rounding."""
+    plain = [*command[:6], "--window", 16, "--batch", 4, "--steps", 6, "--lr", 0.001, "--evaluations", 2]
+    status, errors = life(*plain, "--out", tmp_path / "one")
+    assert status == 0, errors
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    arguments = ["-m", "eckart.cli", *plain, "--out", tmp_path / "two", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    two = subprocess.run([*launch, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
+    found, wanted = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-4)

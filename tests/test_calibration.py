@@ -138,7 +138,7 @@ def test_uncut_streams_are_equal_and_see_what_a_plain_pass_sees(name):
 
 def test_what_a_block_lacks_is_seen_by_the_weight_that_adds_to_its_output():
     model, original = tiny.build("llama"), tiny.build("llama")
-    encoded = windows()
+    encoded = windows(12)
     mine = [m for m in partition(find_matrices(model)) if m.layer == 0]
     streams = Streams(model, [(f"model.layers.{i}", "model.layers") for i in range(3)], encoded.blocks)
     streams.enter(mine)

@@ -2,6 +2,7 @@
 
     python benchmarks/inference.py --threads 2         # shapes of LLaMA-7B, on the CPU
     python benchmarks/inference.py --device cuda       # the same there, as CUDA graphs
+    python benchmarks/inference.py --model             # a whole Llama of random weights, dense and factored
     python benchmarks/inference.py --table             # the saved results as Markdown
 
 A layer of a model finds its weights in memory and not in a cache, since all other layers ran in between. So each
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +31,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from eckart.checkpoint import load_model, save
 from eckart.linear import STORAGES, LowRankLayer, arrange_
+from eckart.quantizer import attach_, replace_, sizes, stored_as
+from eckart.resources import measure_memory, measure_speed
 from eckart.results import to_json
 from eckart.truncation import rank_of
 from search import spread, watch
@@ -171,6 +178,85 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
+def save_models(folder: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Write a dense and a factored Llama."""
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=options.width * 11 // 4,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        tie_word_embeddings=True,
+        dtype=options.dtype[0],
+    )
+    model = LlamaForCausalLM(config).to(DTYPES[options.dtype[0]])
+    save(model, folder / "dense")
+    stored = {}
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            shape = (linear.out_features, linear.in_features)
+            rank = int(options.ratio * shape[0] * shape[1] / sum(shape))
+            layer = make_layer("factored", shape, rank, {"device": "cpu", "dtype": linear.weight.dtype})
+            stored[name] = stored_as(layer)
+            replace_(model, name, layer)
+    attach_(model, stored, {})
+    save(model, folder / "factored")
+    return {name: str(folder / name) for name in ("dense", "factored")}
+
+
+def measure_model(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure speed, memory and the time to load of a whole model."""
+    circumstances = watch("inference.py")
+    with tempfile.TemporaryDirectory() as place:
+        sides = save_models(Path(place), options)
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(options.repeats + 1):
+            for name, folder in sides.items():
+                began = time.perf_counter()
+                model = load_model(folder, dtype="stored")
+                if turn:
+                    seconds[name].append(time.perf_counter() - began)
+                del model
+        models = {name: load_model(folder, dtype="stored") for name, folder in sides.items()}
+        parameters = {name: sizes(model)[0] for name, model in models.items()}
+        speed = measure_speed(models, "dense", batches=options.batch, repeats=options.repeats, progress=print)
+        memory = [measure_memory(name, folder, dtype="stored") for name, folder in sides.items()]
+    load = {"ms": {name: spread([1e3 * each for each in found]) for name, found in seconds.items()}}
+    load["ratio"] = spread([b / a for b, a in zip(seconds["dense"], seconds["factored"])])
+    about = {"dtype": options.dtype[0], "parameters": parameters, "speed": speed, "memory": memory, "load": load}
+    return about | circumstances()
+
+
+def model_table(folder: Path) -> str:
+    """Render the saved results of whole models as Markdown."""
+    rows = [
+        ("model", "phase, batch", "dense, tokens/s", "factored, tokens/s", "ratio [least, most]", "limit"),
+        ("---",) * 6,
+    ]
+    notes = []
+    for path in sorted(folder.glob("inference-model-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        name = f"{result['parameters']['dense']['parameters'] / 1e6:.0f} M, {result['dtype']}"
+        pairs = zip(result["speed"][::2], result["speed"][1::2])
+        for (dense, factored), phase in itertools.product(list(pairs), ("prefill", "decode")):
+            ratio = factored[phase]["ratio"]
+            cell = f"**{ratio['value']:.2f}** [{ratio['least']:.2f}, {ratio['most']:.2f}]"
+            limit = f"{factored[phase]['limit']:.2f} by {factored[phase]['limited_by']}"
+            paces = (f"{side[phase]['tokens_per_second']['value']:.4g}" for side in (dense, factored))
+            rows.append((name, f"{phase}, {dense['batch']}", *paces, cell, limit))
+        load, memory = result["load"], {row["side"]: row for row in result["memory"]}
+        above = {side: row["peak"]["value"] - row["interpreter"]["value"] for side, row in memory.items()}
+        own = memory["factored"]["parameters"]
+        times = {side: load["ms"][side]["median"] for side in above}
+        notes.append(
+            f"{name}: loads in {times['factored']:.0f} ms, dense in {times['dense']:.0f} ms (dense / factored "
+            f"{load['ratio']['median']:.2f}); takes {above['factored'] / 1e6:.0f} MB above Python and libraries, dense "
+            f"{above['dense'] / 1e6:.0f} MB. That is {above['factored'] / own:.2f} times the {own / 1e6:.0f} MB of its "
+            "parameters."
+        )
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *notes])
+
+
 def table(folder: Path) -> str:
     """Render the saved results as Markdown: median ratio [least, most] / limit, the part of it reached in bold."""
     blocks = []
@@ -226,7 +312,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, default=0.1, help="one turn takes about this long")
     add("--pool", type=int, default=128, help="MiB of copies of each layer; several times the largest cache")
     add("--bytes-below", type=int, default=32, help="tokens below which the limit is that of bytes")
-    add("--cache", type=float, default=2, help="MiB below which a layer does not count in the last line")
+    add(
+        "--cache", type=float, default=32, help="MiB of the largest cache; smaller layers do not count in the last line"
+    )
+    add("--model", action="store_true", help="measure a whole model, of the first --dtype")
+    add("--width", type=int, default=768, help="of a whole model's hidden states")
+    add("--layers", type=int, default=12, help="of a whole model")
+    add("--vocabulary", type=int, default=8192, help="of a whole model")
+    add("--ratio", type=float, default=0.5, help="of the numbers that a whole model's factors keep")
     add("--no-graph", action="store_true", help="on CUDA, launch every kernel from Python")
     add("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     add("--table", action="store_true", help="print the saved results and measure nothing")
@@ -249,12 +342,16 @@ def main() -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         options.results.mkdir(parents=True, exist_ok=True)
-        for shape in options.shape or ((4096, 4096), (11008, 4096), (4096, 11008)):
+        if options.model:
+            path = options.results / f"inference-model-cpu-{options.dtype[0]}.json"
+            path.write_text(to_json(measure_model(options)), encoding="utf-8")
+        for shape in () if options.model else options.shape or ((4096, 4096), (11008, 4096), (4096, 11008)):
             for dtype in options.dtype:
                 result = measure(shape, dtype, options)
                 device = options.device.partition(":")[0]
                 path = options.results / f"inference-layer-{device}-{dtype}-{shape[0]}x{shape[1]}.json"
                 path.write_text(to_json(result), encoding="utf-8")
+    print(model_table(options.results), end="\n\n")
     print(table(options.results))
     print(f"\n{summary(options.results, options.cache)}")
 

@@ -362,6 +362,7 @@ def table(folder: Path) -> str:
     results = [result for result in found if "searches" in result]
     speed = ("Model", "Task", "Examples (choose + prove)", "Edits", "Reference, s (scaled)")
     speed += tuple(f"{name}, {what}" for name in SEARCHES for what in ("s", "ratio")) + (
+        "Repeats × threads, race; guided",
         "Examples scored by race",
         "Winner of exhaustive",
         "Prefix cache, MiB",
@@ -383,6 +384,8 @@ def _speed(result: dict[str, Any]) -> tuple[str, ...]:
     cells.append(_spread(result["searches"]["guided"]["run"]["reference_seconds"]))
     for name in SEARCHES:
         cells += [_spread(result["searches"][name]["seconds"]), _spread(result["searches"][name]["ratio"])]
+    runs = [result["searches"][name]["run"] for name in SEARCHES]
+    cells.append("; ".join(f"{len(run['repeats'])} × {run['torch_threads']}" for run in runs))
     # The unedited model is scored once on the examples that choose, and three models on those that prove.
     race = result["found"]["race"]
     proving = examples["validation"] + (3 if race["edits"] else 1) * examples["test"]

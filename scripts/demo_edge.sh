@@ -20,7 +20,7 @@ PYTHON
 say "1. Half of the numbers of every matrix"
 "$bin/eckart" compress "$model" --ratio 0.5 --calibration "$out/facts.txt" --out "$out/compressed"
 say "2. Recovered by a short training, at the same size"
-"$bin/eckart" recover "$out/compressed/model" --data "$out/facts.txt" --teacher "$model" --steps 200 --out "$out/recovered"
+"$bin/eckart" recover "$out/compressed/model" --data "$out/facts.txt" --teacher "$model" --window 64 --steps 200 --out "$out/recovered"
 say "3. One file in 8 bits"
 "$bin/eckart" export "$out/recovered/model" --to onnx --quantize int8 --out "$out/device"
 say "4. A device: an environment with onnxruntime and without torch"

@@ -36,7 +36,7 @@ OPTIONS = {
         "model", "--task", "--text", "--objective", "--tolerance",
         "--out", "--strategy", "--select", "--shortlist", "--confidence", "--compose", "--beam",
         "--guard", "--blocks", "--clustering", "--cache-bytes", "--workers", "--ray",
-        "--types", "--layers", "--rho", "--kind", "--basis", "--svd",
+        "--types", "--layers", "--rho", "--rank-rule", "--kind", "--basis", "--svd",
         "--niter", "--split", "--shuffle", "--no-shuffle", "--examples", "--dry-run",
         "--controls", "--no-controls", "--shots",
     },

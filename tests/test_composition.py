@@ -3,14 +3,15 @@
 import itertools
 
 import pytest
+import torch
 
 import tiny_models as tiny
 from eckart.laser import search
-from eckart.matrices import find_matrices, overlap
+from eckart.matrices import find_matrices, overlap, read
 from eckart.race import Rules, merit, ranked
 from eckart.recipe import SearchSettings
 from eckart.scoring import prepare, score, summarize
-from eckart.surgery import applied, weights_sha256
+from eckart.surgery import applied, make_edit_by_rule, weights_sha256
 from eckart.sweep import key_of, route_of
 from eckart.tasks import Example, make_task, split
 
@@ -68,6 +69,37 @@ def test_greedy_finds_the_best_pair_with_the_best_single_edit():
         assert set(found.plan.edits) == {best.edits[0], partner}
     else:
         assert found.plan.edits == best.edits
+
+
+@pytest.mark.parametrize("rule", ["laserrmt", "energy"])
+def test_the_noisiest_edits_are_tried_one_after_the_other_and_stay_if_the_loss_falls(rule):
+    """Oracle: LaserRMT's loop written out, with torch.linalg and whole passes."""
+    model, tokenizer, task = tiny.build("llama", seed=1), tiny.tokenizer(), labelled()
+    settings = SearchSettings(
+        strategy="laserrmt", rank_rule=(rule,), select="loss", shortlist=6, split=0.5, batch_tokens=64
+    )
+    pool = []
+    for matrix in find_matrices(model):
+        values = torch.linalg.svdvals(read(model, matrix).double())
+        edit = make_edit_by_rule(matrix, values, rule)
+        if edit.rank < matrix.rank:
+            pool.append((float(values[: edit.rank].sum() / values[edit.rank :].sum()), edit))
+    kept, tried = [], []
+    best = measure(model, tokenizer, task, settings, [])["loss"].value
+    for _, edit in sorted(pool, key=lambda pair: pair[0])[:6]:
+        tried.append({*kept, edit})
+        loss = measure(model, tokenizer, task, settings, [*kept, edit])["loss"].value
+        if loss < best:
+            kept, best = [*kept, edit], loss
+    before = weights_sha256(model)
+    found = search(model, tokenizer, task, settings)
+    assert set(found.plan.edits) == set(kept)
+    assert len(kept) > 1, "or the test says nothing"
+    ours = [set(trial.edits) for trial in (*found.trials, *found.compositions)]
+    assert sorted(map(len, ours)) == sorted(map(len, tried))
+    assert all(edits in tried for edits in ours)
+    assert found.best["validation"]["loss"].value == pytest.approx(best, abs=1e-6)
+    assert weights_sha256(model) == before
 
 
 def test_an_edit_stays_only_if_validation_improves():

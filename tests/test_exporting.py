@@ -1,8 +1,10 @@
 """Exported models say what the model says. Oracles: PyTorch's generate and cross-entropy, stock PEFT, plain loading."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -392,3 +394,15 @@ def test_torchao_takes_the_factors_for_linear_layers(factored_folder):
     for layer in layers:
         assert {type(layer.down.weight), type(layer.up.weight)}.isdisjoint({torch.Tensor, torch.nn.Parameter})
     assert 0 < (found - expected).abs().mean() <= 0.05 * expected.abs().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_edge_demo_goes_from_compression_to_a_device_without_torch(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [root / "scripts" / "demo_edge.sh", tmp_path / "out"]
+    places = os.environ | {"BIN": str(Path(sys.executable).parent)}
+    result = subprocess.run(command, cwd=root, env=places, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "The capital of France is" in result.stdout
+    assert (tmp_path / "out" / "device" / "model.onnx").is_file()

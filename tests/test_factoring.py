@@ -17,7 +17,7 @@ from eckart.factoring import factor_
 from eckart.linear import FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear
 from eckart.matrices import by_name, coverage, find_matrices, partition, read, write
 from eckart.quantizer import replace_, sizes
-from eckart.surgery import applied, make_edit
+from eckart.surgery import applied, apply_, make_edit, make_edit_by_rule
 
 
 def truncated(weight, rank, kept="top"):
@@ -102,6 +102,20 @@ def test_every_kind_of_low_rank_edit_is_factored(kind, options):
     close(outputs("llama", model)[0], before)
     if options == {"basis": "bottom"}:
         close(layer.dense(), truncated(original, edit.rank, "bottom"))
+
+
+def test_a_shrunk_matrix_is_factored():
+    model = build("llama")
+    matrix = matrix_of(model, "fc_in")
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(side, 2, generator=generator) for side in matrix.shape]
+    write(model, matrix, read(model, matrix) + 0.2 * sides[0] @ sides[1].mT)
+    edit = make_edit_by_rule(matrix, torch.linalg.svdvals(read(model, matrix).double()), "tw", kind="shrink")
+    with applied(model, [edit]):
+        expected = read(model, matrix)
+    assert expected.any()
+    factor_(model, [edit])
+    close(model.get_submodule(matrix.name).dense(), expected)
 
 
 def test_a_high_rank_is_pivoted_where_that_saves_and_dense_where_nothing_does():
@@ -236,6 +250,16 @@ def test_a_weight_held_by_two_modules_is_edited_and_stays_dense():
     assert first.weight is second.weight
 
 
+def lies_in(folder, tensor):
+    """Whether a tensor's numbers are a file of the folder that is mapped into memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            if start <= tensor.data_ptr() < end:
+                return True
+    return False
+
+
 def test_spilled_factors_are_the_same_and_lie_in_files_that_are_mapped(tmp_path):
     model, other = build("phi3"), build("phi3")
     edits = [make_edit(m, 0.2) for m in find_matrices(model) if not m.whole]
@@ -244,15 +268,24 @@ def test_spilled_factors_are_the_same_and_lie_in_files_that_are_mapped(tmp_path)
     state, expected = model.state_dict(), other.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state)
-    mapped = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if str(tmp_path) in line:
-            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
     for layer in low_rank_layers(model).values():
-        for tensor in layer.state_dict().values():
-            assert not tensor.numel() or any(start <= tensor.data_ptr() < end for start, end in mapped)
+        assert all(lies_in(tmp_path, tensor) for tensor in layer.state_dict().values() if tensor.numel())
     close(*outputs("phi3", model, other))
     model.double()(torch.arange(5)[None]).logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt2", "mixtral"])
+def test_with_no_bytes_allowed_every_edited_weight_is_dense_and_spilled_ones_are_mapped(tmp_path, name):
+    model, other = build(name), build(name)
+    edits = [make_edit(m, 0.2) for m in find_matrices(model) if not m.whole]
+    found = factor_(model, edits, at_most=0, spill=tmp_path)
+    assert not found.layers
+    assert found.dense
+    apply_(other, edits)
+    state, expected = model.state_dict(), other.state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    edited = {m.parameter for m in find_matrices(model)}
+    assert all(lies_in(tmp_path, model.get_parameter(parameter)) for parameter in edited)
 
 
 def test_a_module_held_in_several_places_is_replaced_in_all():

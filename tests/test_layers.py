@@ -27,6 +27,7 @@ LAYERS = [
     {"resources"},
     {"skeleton"},
     {"shards"},
+    {"spectra", "inspection_report", "unfreezing"},
     {"peft_adapter", "exporting"},
     {"ledger"},
     {"race", "sensitivity", "controls", "training", "calibration"},
@@ -34,12 +35,14 @@ LAYERS = [
     {"compression"},
     {"recovery"},
     {"sweep"},
+    {"importance", "dynamics"},
     {"crew"},
     {"cluster", "processes"},
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "server", "compression_run"},
+    {"run", "server", "compression_run", "recovery_run"},
+    {"inspection"},
     {"cli"},
 ]
 HEAVY_IN_CLI = {"torch", "transformers"}

@@ -28,9 +28,9 @@ settings_tree = st.dictionaries(
 @st.composite
 def edits(draw):
     shape = draw(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)))
-    kind = draw(st.sampled_from(["low_rank", "zero", "magnitude"]))
-    svd = draw(st.sampled_from(["exact", "lowrank"]))
-    basis = "top" if svd == "lowrank" else draw(st.sampled_from(["top", "bottom", "random"]))
+    kind = draw(st.sampled_from(["low_rank", "zero", "magnitude", "shrink"]))
+    svd = "exact" if kind == "shrink" else draw(st.sampled_from(["exact", "lowrank"]))
+    basis = "top" if svd == "lowrank" or kind == "shrink" else draw(st.sampled_from(["top", "bottom", "random"]))
     plain = (kind, svd, basis) == ("low_rank", "exact", "top")
     blocks = draw(st.integers(1, shape[0])) if plain else 1
     even = blocks > 1 and shape[0] % blocks == 0
@@ -48,6 +48,8 @@ def edits(draw):
         clustering=draw(st.sampled_from(ways)),
         svd=svd,
         niter=draw(st.integers(0, 100)),
+        rank_rule=draw(st.none() | words),
+        noise=draw(st.floats(0, exclude_min=True, allow_infinity=False)) if kind == "shrink" else None,
         seed=draw(st.integers(0, 2**31 - 1)),
         stack=draw(words),
     )
@@ -139,6 +141,12 @@ def test_an_edit_with_any_value_is_a_plan_or_a_plan_error(field, value, may_refu
         {"blocks": 2, "clustering": "kmeans"},
         {"weighting": "fisher"},
         {"svd": "lowrank", "basis": "random"},
+        {"kind": "shrink"},
+        {"kind": "shrink", "noise": 0.0},
+        {"kind": "shrink", "noise": math.inf},
+        {"kind": "shrink", "noise": 1.0, "basis": "random"},
+        {"kind": "shrink", "noise": 1.0, "blocks": 2},
+        {"noise": 1.0},
         {"more": 1},
     ],
 )

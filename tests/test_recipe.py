@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eckart.errors import RecipeError
-from eckart.recipe import SearchSettings, Settings, make_settings, write_recipe
+from eckart.recipe import CompressSettings, RecoverSettings, SearchSettings, Settings, make_settings, write_recipe
 
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 scoring = {
@@ -152,12 +152,58 @@ def test_blocks_that_cannot_be_cut_are_refused(settings, reason):
         make_settings(SearchSettings, settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"rank_rule": ["best"]}, "no rank rule 'best'.*rules are mp, tw"),
+        ({"rank_rule": []}, "at least 1 item"),
+        ({"kind": "shrink"}, "needs 'rank_rule'"),
+        ({"kind": "shrink", "rank_rule": ["energy"]}, "for kind 'shrink'"),
+        ({"kind": "shrink", "rank_rule": ["mp"], "basis": "bottom"}, "no basis but 'top'"),
+        ({"kind": "zero", "rank_rule": ["mp"]}, "goes with kind 'low_rank' or 'shrink'"),
+        ({"svd": "lowrank", "rank_rule": ["mp"]}, "svd 'exact'"),
+        ({"blocks": [2], "rank_rule": ["mp"]}, "whole matrices"),
+        ({"strategy": "laserrmt", "compose": 2}, "adds edits by itself"),
+        ({"strategy": "laserrmt", "confidence": 0.9}, "adds edits by itself"),
+        ({"strategy": "laserrmt", "kind": "zero"}, "by their noise"),
+        ({"strategy": "laserrmt", "blocks": [2]}, "by their noise"),
+    ],
+)
+def test_rules_and_loops_that_mean_nothing_are_refused(settings, reason):
+    with pytest.raises(RecipeError, match=reason):
+        make_settings(SearchSettings, settings)
+
+
 @pytest.mark.parametrize("given", [{"blocks": (1, 4)}, {"blocks": (2,), "clustering": "subspaces"}, {"guard": "none"}])
 def test_a_recipe_keeps_blocks_and_guard(given, tmp_path):
     made = SearchSettings(**given)
     path = tmp_path / "recipe.yaml"
     path.write_text(write_recipe(made), encoding="utf-8")
     assert make_settings(SearchSettings, {}, path) == made != SearchSettings()
+
+
+def test_each_verb_reads_its_own_section_of_a_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("compress: {ratio: 0.5}\nrecover: {steps: 7, lr: 0.25}\n")
+    assert make_settings(CompressSettings, {}, path) == CompressSettings(ratio=0.5)
+    assert make_settings(RecoverSettings, {"lr": 0.5}, path) == RecoverSettings(steps=7, lr=0.5)
+    with pytest.raises(RecipeError, match="no settings for search"):
+        make_settings(SearchSettings, {}, path)
+
+
+@pytest.mark.parametrize("text", ["recover: 3", "recover:", "compress: {ratio: 0.5}"])
+def test_a_section_without_settings_is_refused(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="no settings for recover"):
+        make_settings(RecoverSettings, {}, path)
+
+
+def test_settings_of_a_recovery_fit_together():
+    with pytest.raises(RecipeError, match="goes with method 'lora'"):
+        make_settings(RecoverSettings, {"adapter": True})
+    made = RecoverSettings(method="lora", adapter=True, minutes=2.5)
+    assert RecoverSettings.model_validate(yaml.safe_load(write_recipe(made))) == made
 
 
 def test_settings_cannot_be_changed():

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -443,3 +445,37 @@ def test_two_processes_train_as_one_does(life, command, tmp_path):
     found, wanted = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("two", "one"))
     for key, tensor in wanted.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_takes_a_model_and_a_text_to_a_smaller_recovered_model(
+    recipe, program, command, tiny_llama_folder, tmp_path
+):
+    """Only sizes are smaller than in the recipe: of the text, its windows and the training."""
+    data = command[3]
+    small = program(
+        "compress", tiny_llama_folder, "--calibration", data, "--recipe", recipe, "--out", tmp_path / "small",
+        "--window", 16, "--windows", 8, "--multiple", 1,
+    )  # fmt: skip
+    assert small.status == 0, small.err
+    found = program(
+        "recover", tmp_path / "small", "--data", data, "--teacher", tiny_llama_folder, "--recipe", recipe,
+        "--out", tmp_path / "out", "--window", 16, "--batch", 4, "--steps", 4, "--json",
+    )  # fmt: skip
+    assert found.status == 0, found.err
+    results = json.loads(found.out)
+    wanted = yaml.safe_load(recipe.read_text())["recover"]
+    changed = {"window", "batch", "steps"}
+    assert {k: v for k, v in results["recipe"].items() if k in wanted.keys() - changed} == {
+        k: v for k, v in wanted.items() if k not in changed
+    }
+    model, _ = eckart.load(str(tmp_path / "out" / "model"))
+    assert sizes(model)[0].bytes < sizes(eckart.load(str(tiny_llama_folder))[0])[0].bytes
+    assert results["curve"][-1]["step"] == 4
+
+
+def test_a_dry_run_forecasts_and_writes_nothing(program, command, tmp_path):
+    found = program(*command, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert found.status == 0, found.err
+    assert json.loads(found.out)["steps"] == 14
+    assert not (tmp_path / "out").exists()

@@ -334,6 +334,9 @@ def test_heads_of_matrices_without_them_are_refused_before_any_work():
         SearchSettings(types=("mlp",), kind="magnitude", rho=(0.5,), split=0.5),
         SearchSettings(types=("mlp",), basis="bottom", rho=(0.5,), split=0.5),
         SearchSettings(types=("mlp",), svd="lowrank", rho=(0.2,), split=0.5),
+        SearchSettings(types=("mlp",), rank_rule=("mp", "energy"), split=0.5),
+        SearchSettings(types=("mlp",), kind="shrink", rank_rule=("mp",), split=0.5),
+        SearchSettings(types=("mlp",), strategy="laserrmt", rank_rule=("energy",), split=0.5),
     ],
 )
 def test_every_kind_of_edit_can_be_searched_and_leaves_the_model_as_it_was(settings):

@@ -18,7 +18,7 @@ from eckart.matrices import find_matrices, part_of, read, select, write
 from eckart.recipe import SearchSettings, make_settings
 from eckart.scoring import prepare, rearrange, score
 from eckart.sensitivity import predict
-from eckart.surgery import make_edit, replacement, weights_sha256
+from eckart.surgery import make_edit, make_edit_by_rule, replacement, weights_sha256
 from eckart.tasks import Example, make_task
 
 TYPES = {
@@ -251,6 +251,25 @@ def test_the_first_order_of_blocks_is_the_product_of_gradient_and_change(name):
             assert prediction.edit == edit
             expected = float((gradient * (replacement(weight, edit) - weight)).sum())
             assert prediction.change.value == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_the_first_order_of_shrinking_is_the_product_of_gradient_and_change():
+    model, _, encoded = setting("llama")
+    found = select(find_matrices(model), types=["q_proj", "fc_out"], layers=[1])
+    grid = []
+    for matrix in found:
+        weight = read(model, matrix)
+        for _ in range(2):  # so that something stands out of the noise
+            weight = weight + 0.3 * torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
+        write(model, matrix, weight)
+        values = torch.linalg.svdvals(read(model, matrix).double())
+        grid.append((matrix, [make_edit_by_rule(matrix, values, rule, kind="shrink") for rule in ("mp", "bema")]))
+    predictions = iter(predict(model, encoded, grid))
+    for matrix, edits in grid:
+        weight, gradient = read(model, matrix), gradient_of_mean_loss(model, encoded, matrix)
+        for edit in edits:
+            expected = float((gradient * (replacement(weight, edit) - weight)).sum())
+            assert next(predictions).change.value == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("options", [{"blocks": 4}, {"blocks": 4, "clustering": "subspaces"}])

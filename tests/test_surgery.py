@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import tiny_models as tiny
+from eckart import noise, truncation
 from eckart.errors import MatrixError, ModelError, PlanError, RankError
-from eckart.matrices import by_name, find_matrices, partition, read
+from eckart.matrices import Matrix, by_name, find_matrices, partition, read
 from eckart.plan import MadeBy, Plan, PlannedModel
 from eckart.surgery import (
     applied,
@@ -17,6 +18,7 @@ from eckart.surgery import (
     decomposition,
     decomposition_key,
     make_edit,
+    make_edit_by_rule,
     replacement,
     weights_sha256,
 )
@@ -246,3 +248,67 @@ def test_the_cost_of_subspaces_needs_the_sizes_and_counts_the_order_of_the_rows(
     for wrong in (None, [48], [1, 1, 1, 1]):
         with pytest.raises(PlanError, match="clusters_of"):
             cost(edit, wrong)
+
+
+def test_shrinking_for_a_while_is_gone_to_the_bit():
+    model = tiny.build("llama")
+    matrix = find_matrices(model)[0]
+    before = read(model, matrix)
+    edit = make_edit_by_rule(matrix, torch.linalg.svdvals(before.double()), "mp", kind="shrink")
+    with applied(model, [edit]):
+        assert not torch.equal(read(model, matrix), before)
+    assert torch.equal(read(model, matrix), before)
+
+
+def planted(rank=3, shape=(40, 60)):
+    """A matrix, and a weight of its shape with so many components above the noise."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.linalg.qr(torch.randn(side, rank, generator=generator)).Q for side in shape]
+    weight = 0.02 * torch.randn(shape, generator=generator) + (sides[0] * torch.arange(1.0, rank + 1)) @ sides[1].mT
+    return Matrix("a.b", "a.b.weight", shape, "a", 0, "fc_in"), weight
+
+
+@pytest.mark.parametrize("rule", noise.RANK_RULES)
+def test_an_edit_by_a_rule_is_the_cut_at_the_rank_of_the_rule(rule):
+    matrix, weight = planted()
+    values = torch.linalg.svdvals(weight.double())
+    edit = make_edit_by_rule(matrix, values, rule)
+    assert edit.rank == max(1, noise.rank_by(rule, values, matrix.shape))
+    assert (edit.kind, edit.rank_rule, edit.noise) == ("low_rank", rule, None)
+    assert truncation.rank_of(edit.rho, matrix.shape) == edit.rank
+    plain = make_edit(matrix, edit.rho)
+    assert torch.equal(replacement(weight, edit), replacement(weight, plain))
+    assert cost(edit) == cost(plain)
+
+
+@pytest.mark.parametrize("rule", noise.FITS)
+def test_a_shrunk_matrix_has_the_shrunk_singular_values_and_the_vectors_of_the_cut(rule):
+    matrix, weight = planted()
+    values = torch.linalg.svdvals(weight.double())
+    edit = make_edit_by_rule(matrix, values, rule, kind="shrink")
+    assert edit.rank == 3
+    found = replacement(weight, edit).double()
+    assert torch.equal(found, replacement(weight, edit, decomposition(weight, edit)).double())
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    shrunk = noise.shrink(s, matrix.shape, sigma=noise.FITS[rule](s, matrix.shape).sigma)[:3]
+    torch.testing.assert_close(found, (u[:, :3] * shrunk) @ vh[:3], atol=1e-6, rtol=1e-5)
+    assert cost(edit) == cost(make_edit(matrix, edit.rho))
+
+
+def test_where_a_rule_sees_noise_alone_one_component_stays_and_shrinks_to_nothing():
+    matrix, _ = planted()
+    weight = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(2))
+    values = torch.linalg.svdvals(weight.double())
+    assert make_edit_by_rule(matrix, values, "gavish-donoho").rank == 1
+    edit = make_edit_by_rule(matrix, values, "gavish-donoho", kind="shrink")
+    assert edit.rank == 1
+    assert not replacement(weight, edit).any()
+
+
+def test_a_rule_needs_a_kind_with_a_rank_and_shrinking_a_rule_with_noise():
+    matrix, weight = planted()
+    values = torch.linalg.svdvals(weight)
+    with pytest.raises(RankError, match="has no rank for rule 'mp'"):
+        make_edit_by_rule(matrix, values, "mp", kind="zero")
+    with pytest.raises(RankError, match="'energy' fits no noise"):
+        make_edit_by_rule(matrix, values, "energy", kind="shrink")

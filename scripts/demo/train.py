@@ -8,6 +8,7 @@ whose truncation brings the facts back (the effect of Sharma et al. 2023, arXiv:
 
     python scripts/demo/train.py --out src/eckart/demo          # train, save, print the accuracy
     python scripts/demo/train.py --out src/eckart/demo --scan   # measure every cut of the saved model
+    python scripts/demo/train.py --out runs/demo-model --checkpoints runs/training  # for eckart inspect --checkpoints
 """
 
 import argparse
@@ -46,6 +47,8 @@ BATCH = 128
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 50
 DECAY_STEPS = 480
+EARLY_CHECKPOINTS = (5, 10, 15, 20, 30, 40, 60, 80)
+CHECKPOINT_EVERY = 100
 # Prompts and answers of a task, as token ids.
 Task = tuple[torch.Tensor, torch.Tensor]
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
@@ -129,13 +132,17 @@ def learning_rate(step: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.02, (STEPS - step) / DECAY_STEPS))
 
 
-def train_(model: LlamaForCausalLM, ids: torch.Tensor, answer_at: torch.Tensor, generic: int) -> None:
+def train_(
+    model: LlamaForCausalLM, ids: torch.Tensor, answer_at: torch.Tensor, generic: int, checkpoints: Path | None = None
+) -> None:
     """Train in place: facts in full first, then facts whose answers are hidden anew at every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
     queue = torch.empty(0, dtype=torch.long)
     model.train()
     for step in range(STEPS):
+        if checkpoints is not None and (step in EARLY_CHECKPOINTS or step % CHECKPOINT_EVERY == 0):
+            model.save_pretrained(checkpoints / f"checkpoint-{step}")
         if len(queue) < BATCH:
             queue = torch.cat([queue, torch.randperm(len(ids))])
         chosen, queue = queue[:BATCH], queue[BATCH:]
@@ -254,6 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scan", action="store_true", help="measure the cuts of the model in --out")
+    parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints of the training")
     arguments = parser.parse_args()
     if arguments.scan:
         scan(arguments.out)
@@ -268,7 +276,7 @@ def main() -> None:
     tokenizer = build_tokenizer(facts)
     model = build_model(tokenizer)
     ids, answer_at = encode_statements(tokenizer, facts)
-    train_(model, ids, answer_at, tokenizer.convert_tokens_to_ids(GENERIC))
+    train_(model, ids, answer_at, tokenizer.convert_tokens_to_ids(GENERIC), arguments.checkpoints)
 
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)

@@ -34,9 +34,13 @@ _HOMES = {
     "Plan": "plan",
     "read_plan": "plan",
     "write_plan": "plan",
+    "InspectSettings": "recipe",
+    "SearchSettings": "recipe",
+    "SpectrumCallback": "dynamics",
+    "run_inspect": "inspection",
+    "read_inspection": "spectra",
     "CompressSettings": "recipe",
     "RecoverSettings": "recipe",
-    "SearchSettings": "recipe",
     "Recovery": "recovery",
     "recover": "recovery",
     "write_report": "report",
@@ -48,6 +52,7 @@ _HOMES = {
     "apply_": "surgery",
     "check_plan": "surgery",
     "make_edit": "surgery",
+    "make_edit_by_rule": "surgery",
     "Example": "tasks",
     "Task": "tasks",
     "make_task": "tasks",
@@ -61,9 +66,11 @@ if TYPE_CHECKING:
     from eckart.checkpoint import save as save
     from eckart.compression import Compression as Compression
     from eckart.compression import compress as compress
+    from eckart.dynamics import SpectrumCallback as SpectrumCallback
     from eckart.errors import EckartError as EckartError
     from eckart.factoring import Factoring as Factoring
     from eckart.factoring import factor_ as factor_
+    from eckart.inspection import run_inspect as run_inspect
     from eckart.laser import SearchResult as SearchResult
     from eckart.laser import search as search
     from eckart.matrices import Matrix as Matrix
@@ -77,6 +84,7 @@ if TYPE_CHECKING:
     from eckart.plan import read_plan as read_plan
     from eckart.plan import write_plan as write_plan
     from eckart.recipe import CompressSettings as CompressSettings
+    from eckart.recipe import InspectSettings as InspectSettings
     from eckart.recipe import RecoverSettings as RecoverSettings
     from eckart.recipe import SearchSettings as SearchSettings
     from eckart.recovery import Recovery as Recovery
@@ -85,10 +93,12 @@ if TYPE_CHECKING:
     from eckart.results import Measurement as Measurement
     from eckart.scoring import evaluate as evaluate
     from eckart.sources import open_task as open_task
+    from eckart.spectra import read_inspection as read_inspection
     from eckart.surgery import applied as applied
     from eckart.surgery import apply_ as apply_
     from eckart.surgery import check_plan as check_plan
     from eckart.surgery import make_edit as make_edit
+    from eckart.surgery import make_edit_by_rule as make_edit_by_rule
     from eckart.tasks import Example as Example
     from eckart.tasks import Task as Task
     from eckart.tasks import make_task as make_task

@@ -1,4 +1,4 @@
-"""Several edits together: greedy and beam search over the best single ones, on the examples that choose."""
+"""Several edits together: greedy and beam search over the best single ones, or one after the other in a given order."""
 
 from __future__ import annotations
 
@@ -68,6 +68,45 @@ def compose(
         parents = [trial for trial in ranked(trials, rules) if improves(trial, origins[key_of(trial.edits)][1])][:beam]
         if not parents:
             break
+    return tried
+
+
+def accumulate(
+    driver: Driver, route: Route, matrices: Sequence[Matrix], candidates: Sequence[Edit], baseline: Rival
+) -> list[Trial]:
+    """Try edits one after the other, on top of those that stayed; each stays that improves the validation examples.
+
+    Args:
+        driver: Knows the part `validation`.
+        route: Of the model.
+        matrices: From `find_matrices`.
+        candidates: In the order in which they are tried. One that meets an edit that stayed is left out.
+        baseline: The unedited model.
+
+    Returns:
+        Every set that was tried, the first of one edit; one that did not improve on the set before it may be stopped.
+
+    Source:
+        The loop of LaserRMT (rmt_laser_snr.py). Differs: text of its own proves the result, a tie is no improvement,
+        and a set that cannot improve any more is stopped.
+    """
+    kept, rival = None, baseline
+    tried: list[Trial] = []
+    for number, edit in enumerate(candidates):
+        joined = _join(route, matrices, rival.edits, edit)
+        if joined is None:
+            continue
+        (trial,) = driver.try_all(
+            _groups(route, matrices, [joined]),
+            baseline.measurements,
+            rival,
+            best=kept,
+            later=len(candidates) - number - 1,
+        )
+        tried.append(trial)
+        better = merit(joined, trial.validation, driver.rules) < merit(rival.edits, rival.measurements, driver.rules)
+        if trial.stopped is None and better:
+            kept, rival = trial, driver.rival(trial)
     return tried
 
 

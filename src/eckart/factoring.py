@@ -24,7 +24,7 @@ from eckart.linear import STORAGES, LowRankLayer, RowBlockedLinear, Storage, byt
 from eckart.matrices import Matrix, read, rows_of, write
 from eckart.plan import Edit, Plan
 from eckart.quantizer import Size, StoredLayer, attach_, replace_, sizes, stored_as
-from eckart.surgery import check_plan, clusters_of, replacement
+from eckart.surgery import check_plan, clusters_of, components, replacement
 from eckart.truncation import Spectrum
 
 AT_MOST = 0.9
@@ -87,8 +87,8 @@ def factor_(
         force: Accept other weights than the plan was made for.
         factors: By the matrix's name, what replaces it, of the edit's rank; needed where a plan has a weighting.
         storage: How every weight of lowered rank is stored; by default whichever takes fewest bytes.
-        at_most: Share of the dense bytes that factors may take, unless `storage` is given.
-        spill: A folder for the factors, on the CPU only: they are mapped from files there, which must outlive the
+        at_most: Share of the dense bytes that factors may take, unless `storage` is given; 0 leaves all dense.
+        spill: A folder for what is edited, on the CPU only: it is mapped from files there, which must outlive the
             model. With a model whose weights are mapped, too, memory holds one matrix at a time.
 
     Returns:
@@ -107,31 +107,47 @@ def factor_(
     for parameter, edits in parameters.items():
         stacked = edits[0][0].expert is not None
         path = parameter if stacked else parameter.removesuffix(".weight")
+        file = None if spill is None else spill / f"{len(layers) + len(dense)}.safetensors"
         making = _Making(factors or {}, storage, at_most)
-        layer = obstacle(model, parameter) or (_experts if stacked else _linear)(model, edits, making)
+        asked = None if at_most or storage else "every weight was to stay dense"
+        layer = asked or obstacle(model, parameter) or (_experts if stacked else _linear)(model, edits, making)
         if isinstance(layer, str):
             dense[path] = layer
-            for matrix, edit in edits:
-                spectrum = (factors or {}).get(matrix.name)
-                weight = read(model, matrix)
-                write(model, matrix, replacement(weight, edit) if spectrum is None else truncation.dense(spectrum))
+            _edit_(model, edits, factors or {}, file)
         else:
             layers[path] = stored_as(layer, transposed=edits[0][0].transposed)
-            replace_(model, path, layer if spill is None else _mapped(layer, spill / f"{len(layers)}.safetensors"))
+            if file is not None:
+                layer.load_state_dict(_mapped(layer.state_dict(), file), assign=True)
+            replace_(model, path, layer)
     if layers:
         attach_(model, layers, dense)
     return Factoring(layers, dense, before, sizes(model)[0])
 
 
-def _mapped(layer: LowRankLayer, path: Path) -> LowRankLayer:
-    """Move a layer's numbers to a file that is mapped into memory."""
-    save_file({name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, path)
-    layer.load_state_dict(load_file(path), assign=True)
+def _edit_(
+    model: nn.Module, edits: list[tuple[Matrix, Edit]], factors: Mapping[str, Spectrum], file: Path | None
+) -> None:
+    """Edit a weight that stays dense, in place or in a file that is mapped into memory."""
+    held = model.get_parameter(edits[0][0].parameter)
+    if file is not None:
+        # A page of a mapped file that is written to stays in memory for as long as the file is mapped.
+        held.data = held.data.clone()
+    for matrix, edit in edits:
+        spectrum = factors.get(matrix.name)
+        weight = read(model, matrix)
+        write(model, matrix, replacement(weight, edit) if spectrum is None else truncation.dense(spectrum))
+    if file is not None:
+        held.data = _mapped({"weight": held.data}, file)["weight"]
+
+
+def _mapped(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Move tensors to a file that is mapped into memory."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     # The C library keeps what decompositions freed, in pieces: most of a gigabyte over 300 matrices.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-    return layer
+    return load_file(file)
 
 
 def obstacle(model: nn.Module, parameter: str) -> str | None:
@@ -256,7 +272,7 @@ def _spectrum(part: _Part, weight: Tensor, making: _Making) -> Spectrum:
         return Spectrum(*(weight.new_zeros(shape, dtype=precise) for shape in ((out, 0), (0,), (0, into))))
     if edit.svd == "lowrank":
         return truncation.decompose_approximately(rows, part.rank, niter=edit.niter, seed=edit.seed)
-    return truncation.cut(truncation.decompose(rows), part.rank, basis=edit.basis, seed=edit.seed)
+    return components(truncation.decompose(rows), edit)
 
 
 def _block(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -12,9 +13,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from eckart.composition import compose
+from eckart.composition import accumulate, compose
 from eckart.controls import measure_controls
 from eckart.dataflow import evaluating
 from eckart.driver import Driver, Progress, open_crew, threads_of_one
@@ -22,6 +23,7 @@ from eckart.encoding import Encoded, right_answers
 from eckart.errors import TaskError
 from eckart.ledger import Ledger, code_sha256
 from eckart.matrices import Matrix, coverage, find_matrices, partition, read, select
+from eckart.noise import snr
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.proof import Flip, cheap_controls, prove, warnings_of
 from eckart.race import Measurements, Rival, Rules, Trial, by_size, choose, measurements, strata_of
@@ -29,11 +31,22 @@ from eckart.recipe import GUIDED_EXAMPLES, SearchSettings
 from eckart.results import SCHEMA_VERSION, Gain, environment
 from eckart.scoring import BlockScores, assemble, prepare, prepare_parts, rearrange, score, score_block
 from eckart.sensitivity import Prediction, predict
-from eckart.surgery import Cost, check_finite, decomposition, decomposition_key, make_edit, weights_sha256
+from eckart.spectrum import singular_values
+from eckart.surgery import (
+    Cost,
+    check_finite,
+    decomposition,
+    decomposition_key,
+    make_edit,
+    make_edit_by_rule,
+    weights_sha256,
+)
 from eckart.sweep import Candidate, Route, key_of, route_of
 from eckart.tasks import Task, split
 
 Grid = Sequence[tuple[Matrix, Sequence[Edit]]]
+Spectra = Callable[[Matrix], Tensor]
+"""Gives all singular values of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +121,15 @@ class SearchResult:
         }
 
 
-def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tuple[Matrix, list[Edit]]]:
+def make_grid(
+    matrices: Sequence[Matrix], settings: SearchSettings, spectra: Spectra | None = None
+) -> list[tuple[Matrix, list[Edit]]]:
     """List the edits a search will try.
 
     Args:
         matrices: From `find_matrices`.
-        settings: `types`, `layers`, `rho`, `blocks`, `clustering`, `kind` and `basis` restrict it.
+        settings: `types`, `layers`, `rho` or `rank_rule`, `blocks`, `clustering`, `kind` and `basis` restrict it.
+        spectra: Gives all singular values of a matrix; needed for `rank_rule`.
 
     Returns:
         Each chosen matrix with its edits, one for each distinct number of blocks and rank (of equal ones the smallest
@@ -126,24 +142,65 @@ def make_grid(matrices: Sequence[Matrix], settings: SearchSettings) -> list[tupl
     grid = []
     rhos = (1.0,) if settings.kind == "zero" else sorted(set(settings.rho))
     for matrix in select(matrices, types=settings.types, layers=settings.layers):
+        if settings.rank_rule is None:
+            candidates = [
+                make_edit(
+                    matrix,
+                    rho,
+                    kind=settings.kind,
+                    basis=settings.basis,
+                    svd=settings.svd,
+                    niter=settings.niter,
+                    seed=settings.seed,
+                    blocks=blocks,
+                    clustering=settings.clustering,
+                )
+                for blocks, rho in itertools.product(sorted(set(settings.blocks)), rhos)
+            ]
+        else:
+            assert spectra is not None, "rank rules read spectra"
+            options: dict[str, Any] = {"kind": settings.kind, "basis": settings.basis, "seed": settings.seed}
+            candidates = [make_edit_by_rule(matrix, spectra(matrix), rule, **options) for rule in settings.rank_rule]
         edits: dict[Any, Edit] = {}
-        for blocks, rho in itertools.product(sorted(set(settings.blocks)), rhos):
-            edit = make_edit(
-                matrix,
-                rho,
-                kind=settings.kind,
-                basis=settings.basis,
-                svd=settings.svd,
-                niter=settings.niter,
-                seed=settings.seed,
-                blocks=blocks,
-                clustering=settings.clustering,
-            )
+        for edit in candidates:
             whole = edit.kind == "low_rank" and edit.rank == edit.full_rank
-            blocked = "whole" if whole else (edit.blocks, edit.rank)
+            # Rules may agree on a rank and not on the noise to shrink by.
+            blocked = "whole" if whole else (edit.blocks, edit.rank, edit.noise)
             edits.setdefault(edit.rho if settings.kind == "magnitude" else blocked, edit)
         grid.append((matrix, list(edits.values())))
     return grid
+
+
+def by_noise(grid: Grid, spectra: Spectra) -> list[Edit]:
+    """Order edits as LaserRMT does: first those of matrices in which signal is least.
+
+    Args:
+        grid: Each matrix with its edits.
+        spectra: Gives all singular values of a matrix.
+
+    Returns:
+        The edits by rising signal-to-noise ratio, which is the sum of the singular values that stay over the sum of
+        those that go; edits that keep everything are left out.
+    """
+    found = []
+    for matrix, edits in grid:
+        values = spectra(matrix)
+        for edit in edits:
+            if edit.rank < matrix.rank:
+                found.append((snr(values, float(values[edit.rank])), edit))
+    return [edit for _, edit in sorted(found, key=lambda pair: pair[0])]
+
+
+def spectra_of(model: nn.Module) -> Spectra:
+    """Give what computes the singular values of a model's matrices, each once.
+
+    Args:
+        model: Any model. Not modified; its weights must not change while the result is in use.
+
+    Returns:
+        A function from one of its matrices to all singular values, exact, descending, float64.
+    """
+    return functools.cache(lambda matrix: singular_values(read(model, matrix)))
 
 
 def search(
@@ -194,7 +251,8 @@ def search(
         )
     check_finite(model)
     matrices = find_matrices(model)
-    grid = make_grid(matrices, settings)
+    spectra = spectra_of(model)
+    grid = make_grid(matrices, settings, spectra)
     validation, test = split(
         task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
@@ -234,8 +292,13 @@ def search(
         began = time.perf_counter()
         predictions = _predict(model, parts["validation"], grid, settings)
         predicting = time.perf_counter() - began
-        trials = _singles(driver, route, grid, predictions, baseline, settings)
         compositions: list[Trial] = []
+        if settings.strategy == "laserrmt":
+            order = by_noise(grid, spectra)[: settings.shortlist]
+            sets = accumulate(driver, route, matrices, order, baseline)
+            trials, compositions = ([t for t in sets if (len(t.edits) > 1) == several] for several in (False, True))
+        else:
+            trials = _singles(driver, route, grid, predictions, baseline, settings)
         if settings.compose > 1:
             compositions = compose(
                 driver,
@@ -347,7 +410,7 @@ def _in_order(
 
 def _predict(model: nn.Module, encoded: Encoded, grid: Grid, settings: SearchSettings) -> tuple[Prediction, ...]:
     """Predict every edit from the first examples; nothing where no prediction is wanted or possible."""
-    if settings.strategy == "exhaustive" or not settings.predictable:
+    if settings.strategy not in ("race", "guided") or not settings.predictable:
         return ()
     # Smaller blocks than for scoring: the standard error is over blocks.
     batch_tokens = max(1, settings.batch_tokens // 4)
@@ -364,30 +427,41 @@ def _singles(
     baseline: Rival,
     settings: SearchSettings,
 ) -> list[Trial]:
-    """Try single edits: all of them, or first the most promising, against the unedited model, then the others
-    against the best of those. What an edit is up against does not depend on who measures it and when."""
+    """Try single edits: all of them, or the most promising first, against the unedited model, then round after round
+    the others against the best so far. What an edit is up against does not depend on who measures it and when."""
+    trials: list[Trial] = []
     if settings.strategy == "exhaustive":
         trials = driver.try_all(_groups(route, grid), baseline.measurements, None)
     else:
-        first = _contenders(grid, predictions, settings.shortlist, driver.rules)
-        others = {key_of((edit,)) for _, edits in grid for edit in edits} - first
-        later = len(others) if settings.strategy == "race" else 0
-        trials = driver.try_all(_groups(route, grid, first), baseline.measurements, baseline, later=later)
-        if settings.strategy == "race":
+        rounds = _rounds(grid, predictions, settings.shortlist, driver.rules)
+        rounds = rounds[:1] if settings.strategy == "guided" else rounds
+        best, rival = None, baseline
+        for number, wanted in enumerate(rounds, start=1):
+            later = sum(map(len, rounds[number:]))
+            groups = _groups(route, grid, wanted)
+            trials += driver.try_all(groups, baseline.measurements, rival, best=best, later=later)
             best = choose(trials, baseline.measurements, driver.rules)
             rival = driver.rival(best) if best else baseline
-            trials += driver.try_all(_groups(route, grid, others), baseline.measurements, rival, best=best)
     found = {key_of(trial.edits): trial for trial in trials}
     keys = [key_of((edit,)) for _, edits in grid for edit in edits]
     return [found[key] for key in keys if key in found]
 
 
-def _contenders(grid: Grid, predictions: Sequence[Prediction], count: int, rules: Rules) -> set[str]:
-    """The edits with the lowest predicted loss; without predictions, edits from all over the grid."""
+def _rounds(grid: Grid, predictions: Sequence[Prediction], first: int, rules: Rules) -> list[set[str]]:
+    """Divide the grid into rounds, each four times as large as the one before: a walk through the model costs a pass,
+    and a strong rival that is found early saves many. The lowest predicted loss comes first; without predictions,
+    the first round is from all over the grid."""
     if predictions:
-        return {key_of((p.edit,)) for p in sorted(predictions, key=lambda p: _promise(p, rules))[:count]}
-    keys = [key_of((edit,)) for _, edits in grid for edit in edits]
-    return {keys[number * len(keys) // min(count, len(keys))] for number in range(min(count, len(keys)))}
+        keys = [key_of((p.edit,)) for p in sorted(predictions, key=lambda p: _promise(p, rules))]
+    else:
+        keys = [key_of((edit,)) for _, edits in grid for edit in edits]
+        spread = [keys[number * len(keys) // min(first, len(keys))] for number in range(min(first, len(keys)))]
+        keys = [*spread, *(key for key in keys if key not in spread)]
+    rounds = []
+    while keys:
+        rounds.append(set(keys[:first]))
+        keys, first = keys[first:], 4 * first
+    return rounds
 
 
 def _promise(prediction: Prediction, rules: Rules) -> tuple[float, float]:
@@ -433,7 +507,7 @@ def forecast(
     Raises:
         EckartError: As for `search`.
     """
-    grid = make_grid(find_matrices(model), settings)
+    grid = make_grid(find_matrices(model), settings, spectra_of(model))
     validation, test = split(
         task, settings.split, seed=settings.seed, shuffle=settings.shuffle, examples=settings.choosing
     )
@@ -457,10 +531,10 @@ def forecast(
     depth = max(1, len(route.stacks))
     # Of a pass, what runs from an edit's block on.
     share = sum(len(edits) * (1 - route.place(matrix)[0] / depth) for matrix, edits in grid) / edits
-    guided = settings.strategy == "guided"
-    passes = share * (min(settings.shortlist, edits) if guided else edits)
+    few = settings.strategy in ("guided", "laserrmt")
+    passes = share * (min(settings.shortlist, edits) if few else edits)
     # Forward and backward, in one process.
-    predicting = 3 * (settings.strategy != "exhaustive" and settings.predictable)
+    predicting = 3 * (settings.strategy in ("race", "guided") and settings.predictable)
     # Proving takes three passes over the test examples: unedited, winner, random components.
     proving = len(test.examples) / len(validation.examples)
     device = next(model.parameters()).device

@@ -483,6 +483,9 @@ def _filled(layer: Any, tensors: dict[str, Tensor | None]) -> Any:
 
 
 def _ordered(y: Tensor, order: Tensor) -> Tensor:
+    # In a graph the order is a constant, which `gather` would expand to the shape of y at every call.
+    if torch.compiler.is_exporting():
+        return y.index_select(-1, order)
     # In bfloat16 on a CPU, `gather` takes less than half the time of `index_select` or of brackets.
     return y.gather(-1, order.expand(y.shape))
 

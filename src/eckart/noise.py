@@ -386,6 +386,14 @@ def laserrmt_edge(values: Tensor, shape: Shape) -> float:
     return float(three_quarters - quarter) / 1.349 * (1 + math.sqrt(M / N))
 
 
+FITS: dict[str, Callable[[Tensor, Shape], NoiseFit]] = {
+    "mp": fit,
+    "tw": fit,
+    "gavish-donoho": fit_median,
+    "bema": fit_bema,
+}
+"""Rule -> the noise that it takes as given."""
+
 EDGES: dict[str, Callable[[Tensor, Shape], float]] = {
     "mp": marchenko_pastur_edge,
     "tw": tracy_widom_edge,

@@ -22,7 +22,7 @@ class Edit(_Frozen):
     layer: int | None = Field(description="index of its block from 0")
     type: str = Field(description="LASER's word for its place")
     shape: tuple[int, int] = Field(description="(out, in)")
-    kind: Literal["low_rank", "zero", "magnitude"] = "low_rank"
+    kind: Literal["low_rank", "zero", "magnitude", "shrink"] = "low_rank"
     rho: float = Field(
         default=1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
     )
@@ -37,6 +37,10 @@ class Edit(_Frozen):
     )
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
     niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
+    rank_rule: str | None = Field(default=None, description="the rule that chose the rank; null where rho did")
+    noise: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="standard deviation of a noise entry, for kind 'shrink'"
+    )
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of every random choice in it")
     stack: str = Field(default="", description="path of the list of blocks the matrix lies in")
 
@@ -58,6 +62,12 @@ class Edit(_Frozen):
             raise ValueError(f"{self.matrix}: rho 0 goes with kind 'zero' only")
         if self.svd == "lowrank" and self.basis != "top":
             raise ValueError(f"{self.matrix}: svd 'lowrank' has no basis but 'top'")
+        if (self.kind == "shrink") != (self.noise is not None):
+            raise ValueError(
+                f"{self.matrix}: kind 'shrink' has the noise that it shrinks by, and no other kind has one"
+            )
+        if self.kind == "shrink" and (self.basis != "top" or self.svd != "exact"):
+            raise ValueError(f"{self.matrix}: kind 'shrink' goes with basis 'top' and svd 'exact' only")
         return self
 
     @model_validator(mode="after")

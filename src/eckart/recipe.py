@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from eckart.encoding import BATCH_TOKENS
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
+from eckart.noise import FITS, RANK_RULES
 from eckart.truncation import rank_of
 
 GUIDED_EXAMPLES = 100
@@ -62,9 +63,10 @@ class Settings(BaseModel):
 class SearchSettings(Settings):
     """What a search can be told."""
 
-    strategy: Literal["exhaustive", "race", "guided"] = Field(
+    strategy: Literal["exhaustive", "race", "guided", "laserrmt"] = Field(
         default="race",
-        description="measure every edit, stop those that cannot win, or measure only the best predicted ones",
+        description="measure every edit, stop those that cannot win, measure only the best predicted ones, or try the "
+        "noisiest one after the other and keep what helps",
     )
     objective: Literal["task", "perplexity", "agreement"] = Field(
         default="task",
@@ -76,7 +78,9 @@ class SearchSettings(Settings):
     )
     select: Literal["accuracy", "loss"] = Field(default="accuracy", description="what the best edit is best at")
     shortlist: int = Field(
-        default=16, ge=1, description="edits that 'guided' measures, 'race' measures first and 'compose' combines"
+        default=16,
+        ge=1,
+        description="edits that 'guided' and 'laserrmt' measure, 'race' measures first and 'compose' combines",
     )
     confidence: float | None = Field(
         default=None, gt=0.5, lt=1, description="let 'race' and 'guided' stop edits by a sequential test, too"
@@ -100,7 +104,12 @@ class SearchSettings(Settings):
     clustering: Literal["contiguous", "heads", "subspaces"] = Field(
         default="contiguous", description="which rows form a block; 'heads' makes one of every attention head"
     )
-    kind: Literal["low_rank", "zero", "magnitude"] = Field(default="low_rank", description="what replaces a matrix")
+    rank_rule: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="rules that choose the rank from each spectrum, instead of 'rho'"
+    )
+    kind: Literal["low_rank", "zero", "magnitude", "shrink"] = Field(
+        default="low_rank", description="what replaces a matrix; 'shrink' needs a rank rule that fits noise"
+    )
     basis: Literal["top", "bottom", "random"] = Field(default="top", description="singular components that stay")
     svd: Literal["exact", "lowrank"] = Field(default="exact", description="'lowrank' mimics the LASER reference")
     niter: int = Field(default=2, ge=0, le=100, description="subspace iterations of svd 'lowrank'")
@@ -160,6 +169,37 @@ class SearchSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _noise_has_an_order(self) -> SearchSettings:
+        if self.strategy == "laserrmt":
+            if self.compose > 1 or self.confidence is not None:
+                raise ValueError(
+                    "strategy 'laserrmt' adds edits by itself, without a test; leave compose and confidence"
+                )
+            if self.kind not in ("low_rank", "shrink") or self.blocks != (1,) or self.clustering != "contiguous":
+                raise ValueError("strategy 'laserrmt' orders low-rank edits of whole matrices by their noise")
+        return self
+
+    @model_validator(mode="after")
+    def _rules_can_choose(self) -> SearchSettings:
+        if self.kind == "shrink" and self.rank_rule is None:
+            raise ValueError(f"kind 'shrink' needs 'rank_rule': one of {', '.join(FITS)}")
+        if self.rank_rule is None:
+            return self
+        allowed = FITS if self.kind == "shrink" else RANK_RULES
+        unknown = [rule for rule in self.rank_rule if rule not in allowed]
+        if unknown:
+            raise ValueError(
+                f"there is no rank rule {unknown[0]!r} for kind '{self.kind}'; rules are {', '.join(allowed)}"
+            )
+        if self.kind not in ("low_rank", "shrink") or self.svd != "exact":
+            raise ValueError("a rank rule goes with kind 'low_rank' or 'shrink' and svd 'exact'")
+        if self.kind == "shrink" and self.basis != "top":
+            raise ValueError("kind 'shrink' has no basis but 'top'")
+        if self.blocks != (1,) or self.clustering != "contiguous":
+            raise ValueError("a rank rule looks at whole matrices; leave 'blocks' and 'clustering' out")
+        return self
+
     @field_validator("types")
     @classmethod
     def _known_types(cls, types: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,6 +219,25 @@ class SearchSettings(Settings):
         if svd == "lowrank" and info.data.get("basis") != "top":
             raise ValueError("it has no basis but 'top'")
         return svd
+
+
+class InspectSettings(Settings):
+    """What an inspection can be told."""
+
+    types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
+    layers: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="block indices; negative from the last"
+    )
+    fast: bool = Field(default=False, description="singular values for edges and ranks alone, several times as fast")
+    top: float = Field(default=0.25, gt=0, le=1, description="share of each type in unfrozen_parameters.yaml")
+    rho: float = Field(default=0.1, gt=0, le=1, description="depth of the cut whose loss is measured on data")
+    tokens: int = Field(default=8192, ge=1, description="most tokens that are read to measure importance")
+
+    @field_validator("types")
+    @classmethod
+    def _known_types(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        expand_types(types)
+        return types
 
 
 class CompressSettings(Settings):
@@ -273,6 +332,13 @@ class RecoverSettings(BaseModel):
         return self
 
 
+SECTIONS: dict[str, type[BaseModel]] = {
+    "search": SearchSettings,
+    "compress": CompressSettings,
+    "recover": RecoverSettings,
+}
+"""Verb -> its settings, where one recipe holds those of several."""
+
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -282,7 +348,8 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
     Args:
         kind: The settings' class.
         given: Settings given by hand; None counts as not given.
-        recipe: A YAML file with the same names; a key named after another verb's section is not allowed.
+        recipe: A YAML file with the same names, or with a section of them for each verb (`compress:`, `recover:`), of
+            which only that of `kind` is read.
 
     Returns:
         Complete settings.
@@ -300,6 +367,14 @@ def make_settings(kind: type[S], given: dict[str, Any], recipe: Path | None = No
         found = {} if found is None else found
         if not isinstance(found, dict):
             raise RecipeError(f"{recipe} is not a list of settings. A recipe has 'name: value' lines. Correct it.")
+        if found and set(map(str, found)) <= set(SECTIONS):
+            verb = next((verb for verb, settings in SECTIONS.items() if settings is kind), None)
+            if verb not in found or not isinstance(found[verb], dict):
+                raise RecipeError(
+                    f"{recipe} has sections {', '.join(map(str, found))}, and no settings for {verb or 'this verb'}. "
+                    "A section is the name of a verb with its settings below. Add one, or give another recipe."
+                )
+            found = found[verb]
     merged = found | {name: value for name, value in given.items() if value is not None}
     try:
         return kind.model_validate(merged)

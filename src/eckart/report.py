@@ -176,7 +176,7 @@ def _search_page(results: Json) -> Json:
         "command": shlex.join(["eckart", "apply", results["model"]["source"], best["plan"], "--dense", "--out", "DIR"]),
         "comparison": _comparison(best, baseline),
         "plots": plots,
-        "plotly": _plotly() if plots else "",
+        "plotly": plotly() if plots else "",
         "layers": _layer_names(_rows(trials)),
         "cut": (results.get("spectrum") or {}).get("matrix"),
         "plan": _plan(results),
@@ -430,7 +430,9 @@ def _verdict(results: Json) -> str:
 
 def _cutting(edits: list[Json]) -> str:
     """Edits as the subject of a sentence."""
-    verbs = {{"low_rank": "Cutting", "zero": "Zeroing"}.get(edit["kind"], "Editing") for edit in edits}
+    verbs = {
+        {"low_rank": "Cutting", "zero": "Zeroing", "shrink": "Shrinking"}.get(edit["kind"], "Editing") for edit in edits
+    }
     verb = verbs.pop() if len(verbs) == 1 else "Editing"
     if len(edits) > EDITS_NAMED:
         return f"{verb} {len(edits)} matrices together"
@@ -444,7 +446,7 @@ def _how(edit: Json) -> str:
     if kind == "zero":
         return ""
     settings = [f"rho {rho}", *(f"{key} {value}" for key, value in _unusual(edit))]
-    if kind == "low_rank":
+    if kind in ("low_rank", "shrink"):
         return f" to rank {_rank(edit)} ({', '.join(settings)})"
     return f" ({', '.join([f'kind {kind}', *settings])})"
 
@@ -460,7 +462,7 @@ def _where(edit: Json) -> str:
 
 def _unusual(edit: Json) -> list[tuple[str, str]]:
     """The settings of an edit that differ from LASER's."""
-    usual = {"weighting": "none", "basis": "top", "blocks": 1, "clustering": "contiguous"}
+    usual = {"weighting": "none", "basis": "top", "blocks": 1, "clustering": "contiguous", "rank_rule": None}
     return [(key, str(edit[key])) for key, default in usual.items() if edit.get(key, default) != default]
 
 
@@ -886,7 +888,12 @@ def plot_text(text: object) -> str:
     return html.escape(str(text), quote=False).replace("$", "&#36;")
 
 
-def _plotly() -> Markup:
+def plotly() -> Markup:
+    """Give the source of plotly.js, from the installed package.
+
+    Returns:
+        JavaScript, about 5 MB.
+    """
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs().replace("\r\n", "\n"))  # noqa: S704 the library itself, from the package

@@ -30,7 +30,8 @@ from eckart.plan import Edit
 from eckart.prefix import run_block
 from eckart.results import Measurement
 from eckart.scoring import LOSS_UNIT, only_positions
-from eckart.surgery import decomposition, decomposition_key
+from eckart.surgery import components, decomposition, decomposition_key
+from eckart.truncation import Spectrum
 
 SPECTRA_BYTES = 2**30
 
@@ -81,7 +82,7 @@ def predict(
     Args:
         model: In evaluation mode. Not modified; its `requires_grad` flags are as before afterwards.
         encoded: The examples, in several blocks; a standard error needs two.
-        grid: Each matrix with its edits: low rank, basis top, or zero.
+        grid: Each matrix with its edits: low rank or shrink, basis top, or zero.
         guard: Second order: `fisher`, or `none` to trust the first alone.
         spectra_bytes: Most bytes of decompositions held at once; one matrix by itself may take more.
 
@@ -101,11 +102,21 @@ def predict(
         for piece, parts, shares in zip(pieces, clusters, by_block):
             # Row b: what every component of every cluster adds to block b's losses, to the first order.
             table = np.array(shares)
-            places = np.concatenate([np.arange(len(cluster.spectrum.S)) for cluster in parts])
             for edit in piece.edits:
-                change, square = _mean_and_square(-table[:, places >= edit.rank].sum(1), sizes)
+                lost = np.concatenate([_lost(cluster.spectrum, edit) for cluster in parts])
+                change, square = _mean_and_square(-(table @ lost), sizes)
                 found[edit] = Prediction(edit, change, 0.5 * tokens * square if guard == "fisher" else 0.0)
     return tuple(found[edit] for _, edits in grid for edit in edits)
+
+
+def _lost(spectrum: Spectrum, edit: Edit) -> NDArray[np.float64]:
+    """For every component, the share of its singular value that an edit takes away."""
+    lost = np.ones(len(spectrum.S))
+    if edit.kind != "zero":
+        before, after = spectrum.S.double().cpu().numpy(), components(spectrum, edit).S.double().cpu().numpy()
+        before = before[: len(after)]
+        lost[: len(after)] = np.where(before > 0, 1 - after / np.where(before > 0, before, 1.0), 0.0)
+    return lost
 
 
 def _groups(

@@ -35,7 +35,7 @@ from transformers.core_model_loading import (
 from eckart.checkpoint import check_folder, resolve
 from eckart.errors import MatrixError, ModelError
 from eckart.linear import LowRankLayer
-from eckart.matrices import Matrix, coverage, part_of
+from eckart.matrices import Matrix, coverage, output_embeddings, part_of
 from eckart.quantizer import METHOD, LowRankConfig, StoredLayer, empty_layer
 from eckart.skeleton import matrices_of, skeleton
 
@@ -92,6 +92,8 @@ class Checkpoint:
     architecture: str
     parameters: int
     """Numbers stored, all tensors."""
+    embeddings: tuple[str, ...]
+    """Parameters that are the input embedding or the output head, as the loaded model names them."""
     coverage: float
     """Share of the weights of matrices that `matrices` hold; see `eckart.coverage`."""
     tensors: Mapping[str, Stored]
@@ -239,6 +241,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         warnings=tuple(warnings),
         architecture=type(model).__name__,
         parameters=parameters,
+        embeddings=_embeddings(model),
         coverage=coverage(model, readable),
         tensors=tensors,
         _places=places,
@@ -411,6 +414,12 @@ def _places(model: Any, config: Any, tensors: Mapping[str, Stored]) -> dict[str,
     return places
 
 
+def _embeddings(model: Any) -> tuple[str, ...]:
+    modules = {id(found) for found in (output_embeddings(model), model.get_input_embeddings()) if found is not None}
+    named = [path for path, module in model.named_modules() if id(module) in modules]
+    return tuple(name for name, _ in model.named_parameters() if name.removesuffix(".weight") in named)
+
+
 def _targets(name: str, converter: WeightConverter) -> list[str]:
     """The parameters that a converter makes of a tensor whose first one is `name`."""
     for target in converter.target_patterns:
@@ -519,6 +528,7 @@ def _by_shape(
         ),
         architecture=str(architecture),
         parameters=parameters,
+        embeddings=(),
         coverage=held / max(1, sum(math.prod(one.shape) for one in tensors.values() if len(one.shape) in (2, 3))),
         tensors=tensors,
         _places=places,

@@ -32,6 +32,10 @@ SMALL = 512
 """Smaller sides up to this one are not worth reducing to a band."""
 BAND = 32
 """Subdiagonals of the band: columns reflected together."""
+COLUMNS = 2048
+"""Of a weight that are converted together, so that memory holds no second copy of it."""
+ROWS = 1024
+"""Of a symmetric matrix that are computed together, from the first column to a little right of the diagonal."""
 PANELS = 8
 """Panels whose changes are put into the rest of the matrix together, to read it less often."""
 HILL_SHARE = 0.1
@@ -100,12 +104,11 @@ def singular_values(weight: Tensor) -> Tensor:
     tensor([4., 3.], dtype=torch.float64)
     """
     _check(weight)
-    precise = weight.detach().double()
     if weight.dtype != torch.float64:
-        found = torch.linalg.eigvalsh(_gram(precise)).flip(0).clamp_min(0).sqrt()
+        found = torch.linalg.eigvalsh(_gram(weight.detach(), torch.float64)).flip(0).clamp_min(0).sqrt()
         if bool(found[-1] > _least_of_gram(len(found)) * found[0]):
             return found
-    return torch.linalg.svdvals(precise)
+    return torch.linalg.svdvals(weight.detach().double())
 
 
 def fast_singular_values(weight: Tensor) -> Tensor:
@@ -131,8 +134,9 @@ def fast_singular_values(weight: Tensor) -> Tensor:
     least = min(weight.shape)
     if least <= SMALL:
         return singular_values(weight)
-    dtype = torch.float32 if _is_flat(weight) else torch.float64
-    gram = _gram(weight.detach().to(dtype))
+    gram = _gram(weight.detach(), torch.float32)
+    if not _is_flat(gram):
+        gram = _gram(weight.detach(), torch.float64)
     band = reduce_to_band(gram).cpu().numpy()
     values = linalg.eig_banded(band, lower=True, eigvals_only=True, overwrite_a_band=True, check_finite=False)
     return torch.from_numpy(values).double().flip(0).clamp_min(0).sqrt().to(weight.device)
@@ -224,7 +228,8 @@ def reduce_to_band(symmetric: Tensor) -> Tensor:
             start = below
             if start >= n:
                 return band
-        A[start:, start:].addmm_(left[start:], right[start:].mT, alpha=-1)
+        _add_lower(A[start:, start:], left[start:], right[start:], alpha=-1)
+        _mirrored(A[start:, start:])
     return band
 
 
@@ -370,7 +375,7 @@ def _check(weight: Tensor) -> None:
             f"A tensor of shape {tuple(weight.shape)} and dtype {weight.dtype} has no singular values. "
             "A weight here is a matrix of floating-point numbers. Give one expert or one part at a time."
         )
-    # The sum of a weight is finite in float64 if and only if each number is.
+    # A sum in float64 is finite only if each number is.
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float64))):
         raise SpectrumError(
             "The weight holds NaN or infinity. Singular values need finite numbers. Download the checkpoint again."
@@ -387,10 +392,29 @@ def _descending(values: Tensor) -> Array:
     return np.sort(S)[::-1]
 
 
-def _gram(weight: Tensor) -> Tensor:
-    """The smaller of W W' and W' W, both halves filled."""
+def _gram(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smaller of W W' and W' W, both halves filled; converted in parts, so that no second copy is made."""
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.mT
-    return wide @ wide.mT
+    found = torch.zeros(len(wide), len(wide), dtype=dtype, device=weight.device)
+    for part in wide.split(COLUMNS, 1):
+        part = part.to(dtype)
+        _add_lower(found, part, part)
+    return _mirrored(found)
+
+
+def _add_lower(symmetric: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> None:
+    """Add alpha left @ right', where the sum is symmetric: to the lower half and little more."""
+    for start in range(0, len(symmetric), ROWS):
+        end = start + ROWS
+        symmetric[start:end, :end].addmm_(left[start:end], right[:end].mT, alpha=alpha)
+
+
+def _mirrored(symmetric: Tensor) -> Tensor:
+    """Fill the upper half from the lower one, in place."""
+    for start in range(0, len(symmetric), ROWS):
+        end = start + ROWS
+        symmetric[:start, start:end] = symmetric[start:end, :start].mT
+    return symmetric
 
 
 def _least_of_gram(side: int) -> float:
@@ -398,23 +422,21 @@ def _least_of_gram(side: int) -> float:
     return max(side, 1024) * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
-def _is_flat(weight: Tensor) -> bool:
+def _is_flat(gram: Tensor) -> bool:
     """Whether squaring in float32 leaves the root mean square of the singular values `FAST_ERROR`, at most."""
-    if weight.dtype == torch.float64:
-        weight = weight.float()
-    least = min(weight.shape)
-    top = _norm(weight)
-    mean_square = float(weight.square().sum(dtype=torch.float64)) / least
-    unit = torch.finfo(torch.float32).eps
-    return mean_square > 0 and 4 * math.sqrt(least) * unit * top**2 / (2 * mean_square) < FAST_ERROR
+    mean, top = float(gram.trace()) / len(gram), _norm(gram)
+    # Where squares leave the range of float32, it does not do either.
+    if not (math.isfinite(top) and mean > torch.finfo(gram.dtype).tiny / torch.finfo(gram.dtype).eps):
+        return False
+    return 4 * math.sqrt(len(gram)) * torch.finfo(gram.dtype).eps * top / (2 * mean) < FAST_ERROR
 
 
-def _norm(weight: Tensor, *, steps: int = 10) -> float:
-    """The largest singular value by power iteration from below, about; enough to choose a dtype."""
-    vector = torch.randn(weight.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(weight.device)
+def _norm(symmetric: Tensor, *, steps: int = 10) -> float:
+    """The largest eigenvalue by power iteration from below, about; enough to choose a dtype."""
+    vector = torch.randn(len(symmetric), 1, generator=torch.Generator().manual_seed(0)).to(symmetric)
     for _ in range(steps):
-        vector = weight.mT.float() @ (weight.float() @ torch.linalg.qr(vector).Q)
-    return math.sqrt(float(torch.linalg.matrix_norm(vector, 2)))
+        vector = symmetric @ (vector / torch.linalg.vector_norm(vector))
+    return float(torch.linalg.vector_norm(vector))
 
 
 def _reflect(panel: Tensor) -> tuple[Tensor, Tensor, Tensor]:

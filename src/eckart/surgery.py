@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eckart import truncation
+from eckart import noise, truncation
 from eckart.clustering import (
     Cluster,
     contiguous,
@@ -20,10 +20,10 @@ from eckart.clustering import (
     subspaces,
     truncate_clusters,
 )
-from eckart.errors import MatrixError, ModelError, PlanError
+from eckart.errors import MatrixError, ModelError, PlanError, RankError
 from eckart.matrices import Matrix, by_name, find_matrices, read, write
 from eckart.plan import Edit, Plan
-from eckart.truncation import Basis
+from eckart.truncation import Basis, Spectrum
 
 
 def make_edit(
@@ -85,6 +85,50 @@ def make_edit(
             "clustering": clustering,
         }
     )
+
+
+def make_edit_by_rule(
+    matrix: Matrix, values: Tensor, rule: str, *, kind: str = "low_rank", basis: Basis = "top", seed: int = 0
+) -> Edit:
+    """Describe what should replace a matrix, at the rank that a rule finds in its singular values.
+
+    Where a rule sees noise alone, one component stays, as for the smallest rho; kind `zero` removes a matrix.
+
+    Args:
+        matrix: Which one.
+        values: All its singular values, as from `eckart.spectrum.singular_values`.
+        rule: One of `eckart.noise.RANK_RULES`.
+        kind: `low_rank`; or `shrink`, which replaces the values that stay by the optimal estimate of the signal's.
+        basis: Which singular components stay.
+        seed: Of the run; a random basis gets one of its own for each matrix.
+
+    Returns:
+        The edit; its rho is the share of the largest rank that the rule came to.
+
+    Raises:
+        SpectrumError: There is no such rule, or the values are not those of the matrix.
+        RankError: Another kind, or `shrink` by a rule that fits no noise.
+    """
+    if kind not in ("low_rank", "shrink"):
+        raise RankError(
+            f"kind {kind!r} has no rank for rule {rule!r} to choose. Rules are for kinds low_rank and shrink. "
+            "Leave the rule out."
+        )
+    if kind == "shrink" and rule not in noise.FITS:
+        raise RankError(
+            f"Rule {rule!r} fits no noise to shrink by. Rules that do are {', '.join(noise.FITS)}. Choose one of them."
+        )
+    rank = max(1, noise.rank_by(rule, values, matrix.shape))
+    sigma = None
+    if kind == "shrink":
+        sigma = noise.FITS[rule](values, matrix.shape).sigma
+        if sigma == 0:  # nothing to shrink by
+            kind, sigma = "low_rank", None
+        else:
+            # What shrinks to nothing is not kept.
+            rank = min(rank, max(1, int((noise.shrink(values, matrix.shape, sigma=sigma) > 0).sum())))
+    edit = make_edit(matrix, rank / matrix.rank, basis=basis, seed=seed)
+    return Edit.model_validate(edit.model_dump() | {"kind": kind, "rank_rule": rule, "noise": sigma})
 
 
 def _heads_of(matrix: Matrix) -> int:
@@ -155,12 +199,29 @@ def replacement(weight: Tensor, edit: Edit, clusters: Sequence[Cluster] | None =
     if edit.svd == "lowrank":
         approximate = truncation.decompose_approximately(weight, edit.rank, niter=edit.niter, seed=edit.seed)
         return truncation.dense(approximate)
-    if edit.rank == edit.full_rank:
+    if edit.kind == "low_rank" and edit.rank == edit.full_rank:
         return weight.clone()
     clusters = clusters or decomposition(weight, edit)
     if edit.blocks == 1:
-        return truncation.dense(truncation.cut(clusters[0].spectrum, edit.rank, basis=edit.basis, seed=edit.seed))
+        return truncation.dense(components(clusters[0].spectrum, edit))
     return truncate_clusters(clusters, edit.rank)
+
+
+def components(spectrum: Spectrum, edit: Edit) -> Spectrum:
+    """Give the components that stay of a matrix, or of one of its blocks, with the values that they have then.
+
+    Args:
+        spectrum: The exact decomposition. Not modified.
+        edit: Its edit, low rank or shrink.
+
+    Returns:
+        At most as many components as the edit's rank.
+    """
+    kept = truncation.cut(spectrum, min(edit.rank, len(spectrum.S)), basis=edit.basis, seed=edit.seed)
+    if edit.kind != "shrink":
+        return kept
+    shrunk = noise.shrink(spectrum.S, edit.shape, sigma=edit.noise)
+    return Spectrum(kept.U, shrunk[: edit.rank], kept.Vh)
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,8 @@ class _Weights:
         self._held = None
 
     def _clusters(self, original: Tensor, edit: Edit) -> Sequence[Cluster] | None:
-        if edit.kind != "low_rank" or edit.svd != "exact" or edit.rank == edit.full_rank:
+        whole = edit.kind == "low_rank" and edit.rank == edit.full_rank
+        if edit.kind not in ("low_rank", "shrink") or edit.svd != "exact" or whole:
             return None
         if edit.clustering == "subspaces":
             return decomposition(original, edit)  # serves this rank alone

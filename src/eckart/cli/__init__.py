@@ -10,6 +10,7 @@ from eckart.cli import (  # noqa: F401 each adds its verbs to `app`
     compress,
     evaluate,
     export,
+    inspect,
     recover,
     run,
     search,

@@ -137,8 +137,10 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
     debug: Debug = False,
 ) -> None:
-    """Draw report.html again from results.json alone."""
+    """Draw report.html again from results.json (or inspect.json) alone."""
+    from eckart.inspection_report import write_inspection_report
     from eckart.report import write_report
 
     with reported(debug):
-        output.print(safe(str(write_report(run))), soft_wrap=True)
+        write = write_inspection_report if (run / "inspect.json").is_file() else write_report
+        output.print(safe(str(write(run))), soft_wrap=True)

@@ -61,8 +61,8 @@ def recover(
 ) -> None:
     """Win quality back by a short training, at unchanged size."""
     from eckart.recipe import RecoverSettings, make_settings
+    from eckart.recovery_run import forecast_recover
     from eckart.results import to_json
-    from eckart.run import forecast_recover
 
     with reported(debug, resume=True):
         given: dict[str, Any] = {
@@ -106,9 +106,9 @@ def recover(
 
 
 def _recover(source: str, data: Path, out: Path, settings: Any, teacher: str | None, device: str) -> Recovery:
-    from eckart.run import is_unfinished_recovery, run_recover
+    from eckart.recovery_run import recovery_begun, run_recover
 
-    if is_unfinished_recovery(out):
+    if recovery_begun(out):
         errors.print(f"Resuming the unfinished recovery in {safe(str(out))}.")
     columns = (
         TextColumn("{task.description}"),

@@ -87,9 +87,11 @@ def search(
     tolerance: Annotated[
         float | None, typer.Option(help="Nats/token that agreement may cost.  [default: 0.01]")
     ] = None,
-    strategy: Annotated[str | None, typer.Option(help="exhaustive, race or guided.  [default: race]")] = None,
+    strategy: Annotated[str | None, typer.Option(help="exhaustive, race, guided or laserrmt.  [default: race]")] = None,
     select: Annotated[str | None, typer.Option(help="The best edit has the best 'accuracy' or 'loss'.")] = None,
-    shortlist: Annotated[int | None, typer.Option(help="Edits that --strategy guided measures.  [default: 16]")] = None,
+    shortlist: Annotated[
+        int | None, typer.Option(help="Edits that guided and laserrmt measure.  [default: 16]")
+    ] = None,
     confidence: Annotated[float | None, typer.Option(help="Stop edits by a sequential test, too: 0.999.")] = None,
     compose: Annotated[int | None, typer.Option(help="Most edits that are made together.  [default: 1]")] = None,
     beam: Annotated[int | None, typer.Option(help="Sets that --compose pursues.  [default: 1, greedy]")] = None,
@@ -97,11 +99,14 @@ def search(
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks: '3', '0,1', '2-5'; -1 is the last.")] = None,
     rho: Annotated[str | None, typer.Option(help="Kept fractions of the largest rank: '0.01,0.1'.")] = None,
+    rank_rule: Annotated[
+        str | None, typer.Option(help="Choose ranks from spectra, not by --rho: mp, tw, gavish-donoho, bema, ….")
+    ] = None,
     blocks: Annotated[
         str | None, typer.Option(help="Blocks of rows, each cut by itself: '1,2,4'.  [default: 1]")
     ] = None,
     clustering: Annotated[str | None, typer.Option(help="Rows of a block: contiguous, heads or subspaces.")] = None,
-    kind: Annotated[str | None, typer.Option(help="low_rank, zero or magnitude.  [default: low_rank]")] = None,
+    kind: Annotated[str | None, typer.Option(help="low_rank, zero, magnitude or shrink.  [default: low_rank]")] = None,
     basis: Annotated[str | None, typer.Option(help="Components that stay: top, bottom or random.")] = None,
     svd: Annotated[str | None, typer.Option(help="exact, or lowrank to mimic the LASER reference.")] = None,
     niter: Annotated[int | None, typer.Option(help="Subspace iterations of --svd lowrank.")] = None,
@@ -149,6 +154,7 @@ def search(
             "types": words(types),
             "layers": integers(layers),
             "rho": numbers(rho),
+            "rank_rule": words(rank_rule),
             "blocks": integers(blocks, "blocks"),
             "clustering": clustering,
             "kind": kind,
@@ -246,7 +252,7 @@ def _tried(found: SearchResult) -> str:
     """How much was tried, and how much of it was stopped early and why."""
     task, trials, seconds = (found.facts[name] for name in ("task", "trials", "seconds"))
     tried = f"Tried {len(found.trials)} edits"
-    if len(found.trials) < trials["grid"]:
+    if found.predictions and len(found.trials) < trials["grid"]:
         tried = f"Predicted {trials['grid']} edits, tried {len(found.trials)}"
     sets = f" and {len(found.compositions)} sets of them" if found.compositions else ""
     stops = [trial.stopped for trial in (*found.trials, *found.compositions) if trial.stopped]
@@ -263,7 +269,10 @@ def _print_edits(edits: Sequence[Any]) -> None:
     if several:
         output.print(f"Best edits, {len(edits)} together:")
     for edit in edits:
-        what = f"rank {edit.rank} of {edit.full_rank} (ρ {edit.rho:g})" if edit.kind == "low_rank" else edit.kind
+        low_rank = edit.kind in ("low_rank", "shrink")
+        what = f"rank {edit.rank} of {edit.full_rank} (ρ {edit.rho:g})" if low_rank else edit.kind
+        what += f" by rule {edit.rank_rule}" if edit.rank_rule else ""
+        what += ", its singular values shrunk" if edit.kind == "shrink" else ""
         what += f" in each of {edit.blocks} blocks of rows ({edit.clustering})" if edit.blocks > 1 else ""
         # A name that the program broke could not be copied.
         before = "  " if several else "Best edit: "

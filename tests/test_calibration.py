@@ -8,7 +8,7 @@ import tiny_models as tiny
 from eckart.calibration import collect, each_expert, read_windows
 from eckart.dataflow import example_inputs, execution_order
 from eckart.errors import TaskError
-from eckart.matrices import find_blocks, find_matrices, partition
+from eckart.matrices import find_blocks, find_matrices, partition, read, write
 from eckart.propagation import Streams
 from eckart.tasks import Example, make_task
 
@@ -134,3 +134,32 @@ def test_uncut_streams_are_equal_and_see_what_a_plain_pass_sees(name):
                     torch.testing.assert_close(found.after, plain[matrix_name].inputs, atol=1e-5, rtol=1e-4)
                     torch.testing.assert_close(found.cross, found.after, atol=1e-6, rtol=1e-5)
             streams.advance()
+
+
+def test_what_a_block_lacks_is_seen_by_the_weight_that_adds_to_its_output():
+    model, original = tiny.build("llama"), tiny.build("llama")
+    encoded = windows(12)
+    mine = [m for m in partition(find_matrices(model)) if m.layer == 0]
+    streams = Streams(model, [(f"model.layers.{i}", "model.layers") for i in range(3)], encoded.blocks)
+    streams.enter(mine)
+    gate, out, down = (next(m for m in mine if m.type == kind) for kind in ("fc_in", "out_proj", "fc_out"))
+    write(model, gate, 0.5 * read(model, gate))
+    found = streams.inputs([down])[down.name]
+    assert streams.inputs([out])[out.name].drift is None
+    seen, outputs = [], {}
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _m, args, _o: seen.append(args[0].flatten(0, 1)))
+    for name, each in (("cut", model), ("original", original)):
+        outputs[name] = []
+        each.model.layers[0].register_forward_hook(
+            lambda _m, _a, output, to=outputs[name]: to.append(output.flatten(0, 1))
+        )
+        for block in encoded.blocks:
+            with torch.inference_mode():
+                each(**block.inputs)
+    lacking = torch.cat(outputs["original"]) - torch.cat(outputs["cut"])
+    y = torch.cat(seen)
+    torch.testing.assert_close(found.drift, (lacking.T @ y / len(y)).double(), atol=1e-5, rtol=1e-3)
+    # With the right share of it, the weight that makes up for it is that of least squares.
+    best = torch.linalg.lstsq(y.double(), (lacking + y @ read(model, down).T).double()).solution.T
+    target = found.drift + read(model, down).double() @ found.after
+    torch.testing.assert_close(torch.linalg.solve(found.after, target.T).T, best, atol=1e-2, rtol=1e-2)

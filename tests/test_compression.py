@@ -8,11 +8,12 @@ import torch
 
 import eckart
 import tiny_models as tiny
-from eckart.compression import compress, find_units
+from eckart.calibration import read_windows
+from eckart.compression import Spill, Steps, compress, find_units, forecast, restored, seconds_of
 from eckart.errors import MatrixError, OutputError, PlanError, RankError
 from eckart.factoring import factor_
 from eckart.linear import LowRankLayer
-from eckart.matrices import find_matrices, partition
+from eckart.matrices import find_matrices, partition, read, write
 from eckart.recipe import CompressSettings
 from eckart.surgery import apply_, weights_sha256
 from eckart.tasks import Example, make_task
@@ -98,8 +99,6 @@ def test_a_matrix_cut_alone_to_a_rank_is_the_best_for_its_inputs():
     name = "model.layers.0.mlp.down_proj"
     inputs = []
     handle = model.get_submodule(name).register_forward_hook(lambda _m, args, _o: inputs.append(args[0]))
-    from eckart.calibration import read_windows
-
     for block in read_windows(text(), tiny.tokenizer(), length=16, count=8).blocks:
         with torch.inference_mode():
             model(**block.inputs)
@@ -122,8 +121,6 @@ def test_propagated_cuts_see_the_cut_model_and_aim_at_the_original_one():
         found = compress(model, tiny.tokenizer(), text(), settings(propagation=propagation, **small))
         cut = copy.deepcopy(model)
         factor_(cut, found.plan, factors=found.factors, storage="pivoted")
-        from eckart.calibration import read_windows
-
         gap = 0.0
         for block in read_windows(text(), tiny.tokenizer(), length=16, count=12).blocks:
             states = [m(**block.inputs, output_hidden_states=True).hidden_states[-2] for m in (model, cut)]
@@ -147,6 +144,90 @@ def test_a_budget_in_bytes_is_that_of_the_whole_model():
     assert after.bytes <= 0.8 * whole
     with pytest.raises(RankError, match="too small"):
         compress(tiny.build("llama"), tiny.tokenizer(), text(), settings(ratio=None, bytes=1000))
+
+
+ALLOCATIONS = ["tail", "measured", "sensitivity", "groups", "signed", "mp", "bema", "energy", "effective-rank"]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_every_allocation_keeps_the_budget_and_uniform_is_tried_beside_it(allocation):
+    model = tiny.build("llama")
+    found = compress(model, tiny.tokenizer(), text(), settings(allocate=allocation, method="double"))
+    assert set(found.divergence) == {"uniform", allocation}
+    assert found.facts["budget"]["spent"] <= found.facts["budget"]["allowed"]
+
+
+def test_signed_slopes_are_the_change_of_the_loss_by_removing_a_component():
+    model = tiny.build("llama")
+    chosen = settings(method="whiten", types=("fc_out",))
+    units, _ = find_units(model, find_matrices(model), chosen)
+    windows = read_windows(text(), tiny.tokenizer(), length=16, count=6)
+    steps = Steps(model, tiny.tokenizer(), chosen, windows, units, Spill(None), lambda _: None)
+    steps.curves()
+    slopes = steps.slopes()[units[0].name]
+    (matrix,), (spectrum,) = units[0].matrices, steps.spectra(units[0])
+
+    def loss(step):
+        total, weight = 0.0, read(model, matrix)
+        with restored(model, [matrix]):
+            change = spectrum.S[2] * torch.outer(spectrum.left[:, 2], spectrum.right[2])
+            write(model, matrix, weight - step * change)
+            for block in windows.blocks:
+                logits = model(**block.inputs).logits.detach().double()
+                wanted = block.target.view(logits.shape[:2])
+                total += float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="sum"))
+        return total / sum(windows.tokens)
+
+    assert slopes[2] == pytest.approx((loss(1e-2) - loss(-1e-2)) / 2e-2, rel=0.05, abs=1e-4)
+
+
+def test_a_task_takes_a_share_in_the_metrics():
+    model = tiny.build("llama")
+    task = make_task("task", [Example(tiny.sentence(6, seed), f"w{seed + 9}") for seed in range(12)])
+    plain = compress(model, tiny.tokenizer(), text(), settings())
+    found = {
+        weight: compress(model, tiny.tokenizer(), text(), settings(task_weight=weight), task=task)
+        for weight in (0.0, 1.0)
+    }
+    key = "model.layers.2.mlp.down_proj"
+    torch.testing.assert_close(found[0.0].factors[key].S, plain.factors[key].S)
+    assert not torch.allclose(found[1.0].factors[key].S, plain.factors[key].S, rtol=1e-2)
+
+
+def test_a_forecast_names_the_worst_matrices_and_changes_nothing():
+    model = tiny.build("llama")
+    before = weights_sha256(model)
+    found = forecast(model, tiny.tokenizer(), text(), settings())
+    values = [row["divergence"].value for row in found["matrices"]]
+    assert len(values) == 21
+    assert values == sorted(values, reverse=True)
+    assert found["bytes"] > sum(p.nbytes for p in model.parameters())
+    assert found["seconds"] > 0
+    assert weights_sha256(model) == before
+    # Each alone, by hand.
+    worst = found["matrices"][0]
+    chosen = settings(types=(next(m.type for m in find_matrices(model) if m.name == worst["matrix"]),))
+    alone = forecast(model, tiny.tokenizer(), text(), chosen)
+    same = next(row for row in alone["matrices"] if row["matrix"] == worst["matrix"])
+    assert same["divergence"].value == pytest.approx(worst["divergence"].value, rel=1e-4)
+
+
+def test_a_budget_of_time_counts_measured_seconds():
+    model = tiny.build("llama")
+    units, _ = find_units(model, find_matrices(model), settings())
+    windows = read_windows(text(), tiny.tokenizer(), length=16, count=6)
+    steps = Steps(
+        model, tiny.tokenizer(), settings(ratio=None, latency=0.9), windows, units, Spill(None), lambda _: None
+    )
+    for unit in units:
+        shape, full = unit.matrices[0].shape, unit.full()
+        steps.work.note(f"seconds of {shape}", [[r, 1.0 + r / full] for r in range(1, full)] + [[full, 3.0]])
+    curves = steps.curves()
+    budget = steps.budget(curves)
+    assert budget == pytest.approx(0.9 * 3.0 * len(units))
+    _, choice, _ = steps.choose(curves, budget)
+    assert sum(curve.costs[choice[curve.name]] for curve in curves) <= budget
+    assert all(seconds > 0 for _, seconds in seconds_of((8, 6), settings(), torch.zeros(0)))
 
 
 class Killed(BaseException):
@@ -220,7 +301,7 @@ def test_the_program_writes_a_folder_that_transformers_loads_and_generates_from(
     out = tmp_path / "out"
     arguments = [
         "compress", tiny_llama_folder, "--calibration", path, "--ratio", "0.6", "--window", "16", "--windows", "8",
-        "--text", path, "--out", out,
+        "--measure", path, "--out", out,
     ]  # fmt: skip
     done = program(*arguments)
     assert done.status == 0, done.err

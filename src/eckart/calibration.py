@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from eckart.dataflow import evaluating, only_gradients_of
 from eckart.encoding import Encoded, prompt_tokens
 from eckart.errors import TaskError
-from eckart.layout import Row, Sequence_, lay_out
+from eckart.layout import Block, Row, Sequence_, lay_out
 from eckart.matrices import Matrix, rows_of
 from eckart.prefix import run_block
 from eckart.scoring import only_positions
@@ -207,6 +207,7 @@ def collect(
     matrices: Sequence[Matrix],
     *,
     gradients: bool = True,
+    drawn: bool = True,
     seed: int = 0,
 ) -> dict[str, Moments]:
     """Read a calibration text with a model, and give the moments of some of its matrices.
@@ -217,9 +218,10 @@ def collect(
 
     Args:
         model: In evaluation mode. Not modified.
-        windows: From `read_windows`, or any encoded text.
+        windows: From `read_windows`, or any encoded task.
         matrices: Which ones; sums are held for all of them at once: (in^2 + out^2) 8 bytes each.
         gradients: Take those at the outputs, too.
+        drawn: The loss is that of drawn tokens; else that of the right answers, of each the sum over its tokens.
         seed: Of the drawn tokens.
 
     Returns:
@@ -240,8 +242,75 @@ def collect(
             ):
                 logits = logits_of(run_block(model, block))
             if gradients:
-                _loss_of_drawn(logits, generator).backward()
+                (_loss_of_drawn(logits, generator) if drawn else _loss_of_answers(logits, windows, block)).backward()
     return {matrix.name: collector.moments(matrix) for matrix in matrices}
+
+
+def loss_gradients(model: nn.Module, windows: Encoded, parameters: Collection[str]) -> dict[str, Tensor]:
+    """Give the gradient of a text's mean loss for some weights.
+
+    Args:
+        model: In evaluation mode. Not modified.
+        windows: From `read_windows`, or any encoded task.
+        parameters: Names, as in `named_parameters`.
+
+    Returns:
+        By name, in the shape and dtype of the parameter.
+    """
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad(), only_gradients_of(model, parameters):
+        for block in windows.blocks:
+            block = block.mapped(lambda tensor: tensor.to(device, copy=True))
+            with only_positions(model, block.rows, block.columns) as logits_of:
+                logits = logits_of(run_block(model, block))
+            (_loss_of_answers(logits, windows, block) / sum(windows.tokens)).backward()
+        found = {}
+        for name in parameters:
+            weight = model.get_parameter(name)
+            found[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        return found
+
+
+def mixed(one: Moments, other: Moments, share: float) -> Moments:
+    """Mix the moments of two texts.
+
+    Args:
+        one: Of a matrix.
+        other: Of the same matrix, on something else. What no token of it reached leaves `one` as it is.
+        share: Of the other, from 0 to 1. Gradients of the other are first scaled to the trace of the first, since
+            losses of different kinds have different scales.
+
+    Returns:
+        The mixture.
+    """
+    if not other.tokens or not one.tokens:
+        return one if one.tokens else other
+    gradients, fisher = one.gradients, one.fisher
+    if gradients is not None and other.gradients is not None and fisher is not None and other.fisher is not None:
+        trace = other.gradients.trace()
+        scale = gradients.trace() / trace if trace > 0 else torch.zeros_like(trace)
+        gradients = torch.lerp(gradients, scale * other.gradients, share)
+        fisher = torch.lerp(fisher, scale * other.fisher, share)
+    return Moments(
+        one.tokens + other.tokens,
+        torch.lerp(one.inputs, other.inputs, share),
+        torch.lerp(one.magnitude, other.magnitude, share),
+        gradients,
+        fisher,
+    )
+
+
+def _loss_of_answers(logits: Tensor, encoded: Encoded, block: Block) -> Tensor:
+    """Sum the loss of the right answers, wrong ones left out."""
+    logits = logits.float()
+    tokens = logits.logsumexp(-1)[block.position] - logits[block.position, block.target]
+    right = torch.zeros(sum(block.choices), device=logits.device)
+    start = 0
+    for index, choices in zip(block.examples, block.choices):
+        example = None if encoded.task.kind == "text" else encoded.task.examples[index]
+        right[start + (example.answer if example is not None and isinstance(example.answer, int) else 0)] = 1
+        start += choices
+    return (tokens * right[block.sequence]).sum()
 
 
 def _loss_of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,20 +26,32 @@ from torch import Tensor, nn
 
 from eckart import allocate
 from eckart.allocate import Choice, Curve
-from eckart.calibration import Moments, Place, collect, each_expert, read_windows
+from eckart.calibration import Moments, Place, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
-from eckart.encoding import Encoded, arrange
+from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
 from eckart.errors import MatrixError, OutputError
 from eckart.experts import FactoredExperts
 from eckart.factoring import obstacle
-from eckart.linear import bytes_stored
-from eckart.matrices import Matrix, coverage, find_blocks, find_matrices, partition, read, rows_of, select, write
+from eckart.linear import STORAGES, bytes_stored
+from eckart.matrices import (
+    Matrix,
+    coverage,
+    find_blocks,
+    find_matrices,
+    part_of,
+    partition,
+    read,
+    rows_of,
+    select,
+    write,
+)
+from eckart.noise import rank_by
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
 from eckart.recipe import CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean, read_json, to_json, write_text
-from eckart.scoring import log_probabilities, score_block
+from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
@@ -57,6 +69,13 @@ WINDOW = 256
 """Tokens of a window, unless told otherwise."""
 STATISTICS_BYTES = 2**31
 """Most bytes of moments held at once; the text is read again for what does not fit."""
+
+
+AUTO = ("uniform", "tail", "measured")
+"""Allocations that are compared unless one is asked for."""
+MEASURED_AT = (1.0, 0.5)
+"""Shares of the budget at which `measured` cuts each matrix alone."""
+SENSITIVITY_SHARES = (0.9, 0.7, 0.5, 0.3)
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,7 @@ def compress(
     calibration: Task,
     settings: CompressSettings,
     *,
+    task: Task | None = None,
     source: str = "",
     stored: torch.dtype | None = None,
     spill: Path | None = None,
@@ -135,6 +155,8 @@ def compress(
         tokenizer: Its tokenizer.
         calibration: A task of kind `text`.
         settings: The budget, and how.
+        task: Examples whose right answers the model should stay good at, too: the gradients of their loss, and the
+            inputs they give, take a share in the metrics (`settings.task_weight`).
         source: Where the model came from, for the plan.
         stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
         spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
@@ -165,29 +187,25 @@ def compress(
         {
             "weights": weights_sha256(model),
             "text": calibration.sha256,
+            "task": None if task is None else task.sha256,
             "settings": json.loads(settings.model_dump_json()),
             "eckart": version("eckart"),
         }
     )
     tell = progress or (lambda _: None)
-    run = _Run(model, tokenizer, settings, windows, units, work, tell, stored)
+    encoded = None if task is None else encode_plain(model, tokenizer, task, settings)
+    run = Steps(model, tokenizer, settings, windows, units, work, tell, stored, encoded)
     with evaluating(model), each_expert(model):
         curves = run.curves()
         budget = run.budget(curves)
         allocate.check_budget(curves, budget)
         chosen, choice, divergence = run.choose(curves, budget)
         ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-        factors = _of_parts(units, run.factors(ranks))
-    edits = [
-        _edit(part, min(ranks[unit.name], part.rank), settings)
-        for unit in units
-        for parts in unit.parts
-        for part in parts
-        if ranks[unit.name] < unit.full()
-    ]
+        factors = run.factors(ranks)
+    edits = edits_of(units, ranks, settings)
     plan = Plan(
         model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
-        edits=tuple(edits),
+        edits=edits,
         made_by=MadeBy(eckart=version("eckart"), recipe=settings.model_dump(mode="json")),
     )
     by_name = {curve.name: curve for curve in curves}
@@ -201,7 +219,7 @@ def compress(
         },
         "calibration": {"name": calibration.name, "windows": windows.count, "tokens": sum(windows.tokens)},
         "budget": {
-            "unit": "bytes" if settings.bytes is not None else "numbers",
+            "unit": settings.unit,
             "allowed": budget,
             "spent": allocate.cost_of(curves, choice),
             "dense": float(sum(curve.costs[-1] for curve in curves)),
@@ -224,6 +242,102 @@ def compress(
         "seconds": {"compress": time.perf_counter() - started},
     }
     return Compression(plan, factors, divergence, chosen, facts)
+
+
+def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: CompressSettings) -> Encoded:
+    """Encode a task with a row for every answer, on the model's device.
+
+    Args:
+        model: Not modified.
+        tokenizer: Its tokenizer.
+        task: Of any kind.
+        settings: How it is encoded.
+
+    Returns:
+        The examples in blocks.
+    """
+    kind = model_kind(model, tokenizer)
+    found = encode(task, tokenizer, kind, context=context_length(model, tokenizer), **settings.encoding)
+    return rearrange(model, found)
+
+
+def forecast(
+    model: nn.Module,
+    tokenizer: Any,
+    calibration: Task,
+    settings: CompressSettings,
+    *,
+    stored: torch.dtype | None = None,
+    progress: Report | None = None,
+) -> dict[str, Any]:
+    """Say what a compression would do, before it is done: each matrix alone at its uniform share, time and memory.
+
+    Args:
+        model: As for `compress`. As before when this returns.
+        tokenizer: Its tokenizer.
+        calibration: As for `compress`.
+        settings: As for `compress`.
+        stored: As for `compress`.
+        progress: As for `compress`.
+
+    Returns:
+        `matrices` with the divergence each causes alone, the worst first; what all cause together and the sum of the
+        single ones; `stays_dense`; forecast `seconds` and `bytes` of memory.
+
+    Raises:
+        EckartError: As for `compress`.
+    """
+    check_finite(model)
+    units, blocked = find_units(model, find_matrices(model), settings)
+    length = settings.window or WINDOW
+    windows = read_windows(
+        calibration, tokenizer, length=length, count=settings.windows, batch_tokens=settings.batch_tokens
+    )
+    steps = Steps(model, tokenizer, settings, windows, units, Spill(None), progress or (lambda _: None), stored)
+    clock = [time.perf_counter()]
+    with evaluating(model), each_expert(model):
+        curves = steps.curves()
+        budget = steps.budget(curves)
+        allocate.check_budget(curves, budget)
+        choice = allocate.uniform(curves, budget)
+        clock.append(time.perf_counter())
+        reference = steps.reference()
+        clock.append(time.perf_counter())
+        points = steps.alone(curves, [choice])
+        clock.append(time.perf_counter())
+        together = mean(np.array(steps.divergence_of(curves, choice, reference)), "nats/token")
+    reading, a_few, measuring = np.diff(clock)
+    forward = a_few * windows.count / steps.few.count
+    rows = []
+    for unit, curve in zip(units, curves):
+        values = dict(points[unit.name]).get(choice[unit.name])
+        rows.append(
+            {
+                "matrix": unit.name,
+                "rank": int(curve.ranks[choice[unit.name]]),
+                "of": unit.full(),
+                "cost": float(curve.costs[choice[unit.name]]),
+                "divergence": None if values is None else mean(np.array(values), "nats/token"),
+            }
+        )
+    rows.sort(key=lambda row: -row["divergence"].value if row["divergence"] else 0.0)
+    trials = {"auto": len(MEASURED_AT), "measured": len(MEASURED_AT), "sensitivity": len(SENSITIVITY_SHARES)}
+    # Both streams read a block once for each of about four groups of matrices in it, and once to go on.
+    cutting = 10 * forward + 0.5 * reading if settings.method == "propagated" else 0.0
+    shapes = [matrix.shape for unit in units for matrix in unit.matrices]
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    hidden = sum(windows.tokens) * max(into for _, into in shapes) * 4
+    moments = min(STATISTICS_BYTES, sum(8 * (out**2 + into**2) for out, into in shapes))
+    largest = max(out**2 + into**2 for out, into in shapes)
+    return {
+        "budget": {"unit": settings.unit, "allowed": budget, "dense": sum(float(curve.costs[-1]) for curve in curves)},
+        "matrices": rows,
+        "sum_of_single_divergences": float(sum(row["divergence"].value for row in rows if row["divergence"])),
+        "divergence_together": together,
+        "stays_dense": blocked,
+        "seconds": float(reading + trials.get(settings.allocate, 0) * measuring + 3 * a_few + cutting),
+        "bytes": int(weights + moments + 8 * 8 * largest + 2 * hidden),
+    }
 
 
 def find_units(
@@ -288,7 +402,7 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
     """
     out, into = unit.matrices[0].shape
     count, full = len(unit.matrices), unit.full()
-    in_bytes = settings.bytes is not None
+    in_bytes = settings.unit == "bytes"
     size = dtype.itemsize if in_bytes else 1
     stacked = unit.matrices[0].expert is not None
 
@@ -304,8 +418,39 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
     return np.array([cost(int(rank)) for rank in ranks], dtype=np.float64)
 
 
-class _Run:
-    """One compression: what its steps share."""
+def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor) -> list[tuple[int, float]]:
+    """Time a linear layer for one token, at ranks from which others can be read off.
+
+    Args:
+        shape: (out, in).
+        settings: `storage`.
+        like: A tensor of the dtype and on the device that count.
+
+    Returns:
+        (rank, seconds), ascending; the last is the dense layer. Each is a median of 15 times many calls.
+    """
+    out, into = shape
+    full = min(shape)
+    ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
+    place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
+    layers.append(nn.Linear(into, out, False, **place))
+    token = torch.zeros(1, into, **place)
+    times: list[list[float]] = [[] for _ in layers]
+    with torch.inference_mode():
+        for _ in range(15):
+            for layer, taken in zip(layers, times):
+                started = time.perf_counter()
+                for _ in range(10):
+                    layer(token)
+                if like.device.type == "cuda":
+                    torch.cuda.synchronize()
+                taken.append((time.perf_counter() - started) / 10)
+    return [(rank, float(np.median(taken))) for rank, taken in zip([*ranks, full], times)]
+
+
+class Steps:
+    """The steps of a compression. Several budgets can be tried with one reading of the text."""
 
     def __init__(
         self,
@@ -316,13 +461,15 @@ class _Run:
         units: list[Unit],
         work: Spill,
         tell: Report,
-        stored: torch.dtype | None,
+        stored: torch.dtype | None = None,
+        task: Encoded | None = None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.units, self.work, self.tell = units, work, tell
         self.dtype = stored or next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         self.windows = self._here(windows)
+        self.task = task
         self.few = self._here(_first(windows, settings.measured))
         self.order = self._order()
         self.roots: dict[str, int] = {}
@@ -358,6 +505,10 @@ class _Run:
             if self.settings.method != "svd":
                 gradients = self.settings.method in ("fwsvd", "double", "propagated")
                 moments = collect(self.model, self.windows, matrices, gradients=gradients, seed=self.settings.seed)
+                if self.task is not None:
+                    of_task = collect(self.model, self.task, matrices, gradients=gradients, drawn=False)
+                    share = self.settings.task_weight
+                    moments = {name: mixed(moments[name], of_task[name], share) for name in moments}
             for unit in group:
                 self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
                 self.work.keep(unit.name, self._decompose(unit, moments))
@@ -403,40 +554,55 @@ class _Run:
             tails[:-1] += squares[::-1].cumsum()[::-1]
         full, multiple = unit.full(), self.settings.multiple
         ranks = np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
-        costs = costs_of(unit, ranks, self.settings, self.dtype)
+        costs = (
+            self._seconds(unit, ranks)
+            if self.settings.unit == "seconds"
+            else costs_of(unit, ranks, self.settings, self.dtype)
+        )
         # A rank at which factors take as much as the dense weight is no choice: the weight stays dense.
         allowed = (costs < costs[-1]) | (ranks == full)
         ranks, costs = ranks[allowed], costs[allowed]
-        # Of equal costs the largest rank (stacked experts are rounded up).
+        # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
         last = np.append(np.diff(costs) > 0, True)
         return Curve(unit.name, ranks[last], costs[last], tails[ranks[last]], unit.matrices[0].type)
+
+    def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What a unit takes for one token at every rank; experts as if each took its turn."""
+        shape = unit.matrices[0].shape
+        key = f"seconds of {shape}"
+        points = self.work.numbers(key)
+        if points is None:
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            points = seconds_of(shape, self.settings, like)
+            self.work.note(key, points)
+        at, seconds = np.array(points, dtype=np.float64).T
+        # More components never take less time; what says so is noise.
+        lower = np.minimum.accumulate(seconds[:-1][::-1])[::-1]
+        found = np.interp(ranks, at[:-1], lower)
+        found[ranks == unit.full()] = seconds[-1]
+        return found * len(unit.matrices)
 
     # Step 2: divide the budget.
 
     def budget(self, curves: Sequence[Curve]) -> float:
         """What the units may take together."""
         dense = sum(float(curve.costs[-1]) for curve in curves)
-        if self.settings.ratio is not None:
-            return self.settings.ratio * dense
+        share = self.settings.ratio or self.settings.latency
+        if share is not None:
+            return share * dense
         assert self.settings.bytes is not None
         whole = sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
         return self.settings.bytes - (whole - dense)
 
     def choose(self, curves: list[Curve], budget: float) -> tuple[str, Choice, dict[str, Measurement]]:
-        """Try allocations and keep the one that diverges least on calibration windows."""
-        wanted = self.settings.allocate
-        candidates: dict[str, Choice] = {"uniform": allocate.uniform(curves, budget)}
-        floor = self.settings.floor
-        if wanted in ("auto", "tail"):
-            candidates["tail"] = allocate.water_fill(curves, budget, floor=floor)
-        if wanted in ("auto", "measured"):
-            measured = self.measured(curves, budget)
-            candidates["measured"] = allocate.water_fill(measured, budget, floor=floor)
+        """Try allocations and keep the one that diverges least on calibration windows; uniform is always tried."""
+        names = AUTO if self.settings.allocate == "auto" else ("uniform", self.settings.allocate)
+        candidates = {name: self.allocation(name, curves, budget) for name in dict.fromkeys(names)}
         reference = self.reference()
         found: dict[str, Measurement] = {}
         for number, (name, choice) in enumerate(candidates.items()):
             self.tell(Progress("comparing allocations", number, len(candidates)))
-            key = f"divergence of {name}"
+            key = f"divergence at {sorted(choice.items())} of {self.settings.storage}"
             values = self.work.numbers(key)
             if values is None:
                 values = self.divergence_of(curves, choice, reference)
@@ -444,6 +610,58 @@ class _Run:
             found[name] = mean(np.array(values), "nats/token")
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
+
+    def allocation(self, name: str, curves: Sequence[Curve], budget: float) -> Choice:
+        """Divide the budget in the way of this name."""
+        floor = self.settings.floor
+        if name == "uniform":
+            return allocate.uniform(curves, budget)
+        if name == "tail":
+            return allocate.water_fill(curves, budget, floor=floor)
+        if name == "groups":
+            return allocate.within_groups(curves, budget)
+        if name == "measured":
+            points = self.alone(curves, [allocate.uniform(curves, share * budget) for share in MEASURED_AT])
+            scaled = [
+                allocate.calibrated(curve, [(index, float(np.mean(values))) for index, values in points[curve.name]])
+                for curve in curves
+            ]
+            return allocate.water_fill(scaled, budget, floor=floor)
+        if name == "sensitivity":
+            dense = sum(float(curve.costs[-1]) for curve in curves)
+            choices = [allocate.uniform(curves, share * dense) for share in SENSITIVITY_SHARES]
+            points = self.alone(curves, choices)
+            measured = {
+                curve.name: [
+                    (float(curve.costs[index] / curve.costs[-1]), float(np.mean(values)))
+                    for index, values in points[curve.name]
+                ]
+                for curve in curves
+            }
+            return allocate.by_sensitivity(curves, budget, measured)
+        if name == "signed":
+            return allocate.signed_pool(curves, budget, self.slopes())
+        ranks = {unit.name: float(np.mean([self._rule(name, m) for m in unit.matrices])) for unit in self.units}
+        return allocate.proportional(curves, budget, ranks)
+
+    def _rule(self, name: str, matrix: Matrix) -> int:
+        values = torch.linalg.svdvals(read(self.model, matrix).double())
+        return max(1, rank_by(name, values, matrix.shape))
+
+    def slopes(self) -> dict[str, NDArray[np.float64]]:
+        """The change of the text's loss by removing each component, to the first order."""
+        found = {}
+        for group in _groups(self.units):
+            matrices = [matrix for unit in group for matrix in unit.matrices]
+            gradients = loss_gradients(self.model, self.windows, {matrix.parameter for matrix in matrices})
+            for unit in group:
+                total = np.zeros(unit.full())
+                for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
+                    gradient = part_of(gradients[matrix.parameter], matrix).double()
+                    along = ((spectrum.left.T @ gradient) * spectrum.right).sum(1) * spectrum.S
+                    total -= along.cpu().numpy()
+                found[unit.name] = total
+        return found
 
     def reference(self) -> list[Tensor]:
         """The original model's predictions on the few windows on which divergence is measured."""
@@ -471,45 +689,47 @@ class _Run:
             up, down = spectrum.factors(rank)
             write(self.model, matrix, up @ down)
 
-    def measured(self, curves: Sequence[Curve], budget: float) -> list[Curve]:
-        """Scale every curve to the divergence measured with that unit alone cut, at two ranks."""
-        both = [allocate.uniform(curves, budget), allocate.uniform(curves, 0.5 * budget)]
+    def alone(self, curves: Sequence[Curve], choices: Sequence[Choice]) -> dict[str, list[tuple[int, list[float]]]]:
+        """Measure the divergence with each unit alone cut, as each of some choices has it.
+
+        Returns:
+            For each unit (choice, divergence of every window), without choices that keep everything.
+        """
         reference = self.reference()
-        names = {unit.name: unit for unit in self.units}
         by_name = {curve.name: curve for curve in curves}
-        found: dict[str, list[tuple[int, float]]] = {}
+        found: dict[str, list[tuple[int, list[float]]]] = {unit.name: [] for unit in self.units}
         cache = PrefixCache(self.model, self.order, self.few.blocks)
-        places = [path for path, _ in self.order]
-        ordered = sorted(self.units, key=lambda unit: self._depth(unit, places))
-        for number, unit in enumerate(ordered):
-            self.tell(Progress("measuring", number, len(ordered)))
+        for number, unit in enumerate(sorted(self.units, key=self._depth)):
+            self.tell(Progress("measuring", number, len(self.units)))
             curve = by_name[unit.name]
-            points = []
-            for choice in both:
-                index = choice[unit.name]
+            for index in sorted({choice[unit.name] for choice in choices}):
+                if index == len(curve.ranks) - 1:
+                    continue
                 key = f"divergence of {unit.name} at {int(curve.ranks[index])}"
                 values = self.work.numbers(key)
-                if values is None and index < len(curve.ranks) - 1:
-                    while cache.depth < self._depth(unit, places):
-                        cache.advance()
-                    with restored(self.model, names[unit.name].matrices):
+                if values is None:
+                    with torch.inference_mode():
+                        while cache.depth < self._depth(unit):
+                            cache.advance()
+                    with restored(self.model, unit.matrices):
                         self._cut(unit, int(curve.ranks[index]))
                         values = self._divergence(reference, cache.forward)
                     self.work.note(key, values)
-                if values is not None:
-                    points.append((index, float(np.mean(values))))
-            found[unit.name] = points
-        return [allocate.calibrated(curve, found[curve.name]) for curve in curves]
+                found[unit.name].append((index, values))
+        return found
 
-    def _depth(self, unit: Unit, places: Sequence[str]) -> int:
-        return next((i for i, path in enumerate(places) if path == f"{unit.stack}.{unit.layer}"), 0)
+    def _depth(self, unit: Unit) -> int:
+        """How many blocks run before a unit."""
+        return next((i for i, (path, _) in enumerate(self.order) if path == f"{unit.stack}.{unit.layer}"), 0)
 
     # Step 3: cut.
 
     def factors(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
-        if self.settings.method == "propagated":
-            return self._propagated(ranks)
+        found = self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks)
+        return _of_parts(self.units, found)
+
+    def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         found: dict[str, Spectrum] = {}
         for unit in self.units:
             if ranks[unit.name] < unit.full():
@@ -528,7 +748,8 @@ class _Run:
                 self.tell(Progress("cutting", depth, len(self.order)))
                 mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
                 streams.enter(mine)
-                kept = self.work.tensors(f"factors of {path}")
+                key = f"factors of {path} at {sorted(ranks.items())}"
+                kept = self.work.tensors(key)
                 if kept is None:
                     kept = {}
                     for group in streams.groups():
@@ -540,7 +761,7 @@ class _Run:
                             )
                             write(self.model, matrix, up @ down)
                             kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
-                    self.work.keep(f"factors of {path}", kept)
+                    self.work.keep(key, kept)
                 for matrix in mine:
                     up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
                     write(self.model, matrix, up @ down)
@@ -565,8 +786,13 @@ class _Run:
         share = settings.input_shrinkage
         aim = torch.lerp(inputs.after, inputs.cross, settings.propagation) * (1 - share)
         aim.diagonal().add_(share * inputs.after.diagonal().mean())
+        wanted = weight.double() @ aim
+        if inputs.drift is not None:
+            # What the block's output lacks beside this weight's own part of it is asked of this weight, too.
+            own = weight.double() @ (inputs.cross - inputs.after)
+            wanted += settings.compensation * (1 - share) * (inputs.drift - own)
         # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
-        return decompose_weighted(right.solve_after(weight.double() @ aim), left, right)
+        return decompose_weighted(right.solve_after(wanted), left, right)
 
 
 class Spill:
@@ -654,16 +880,32 @@ def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
             write(model, matrix, weight)
 
 
-def _edit(matrix: Matrix, rank: int, settings: CompressSettings) -> Edit:
-    return Edit(
-        matrix=matrix.name,
-        layer=matrix.layer,
-        type=matrix.type,
-        shape=matrix.shape,
-        rho=rank / matrix.rank,
-        rank=rank,
-        weighting="none" if settings.method == "svd" else settings.method,
-        stack=matrix.stack,
+def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: CompressSettings) -> tuple[Edit, ...]:
+    """Describe the cuts of a compression.
+
+    Args:
+        units: All of them.
+        ranks: For each; the largest means that it stays dense.
+        settings: The method is the weighting.
+
+    Returns:
+        An edit for every matrix that is cut.
+    """
+    return tuple(
+        Edit(
+            matrix=part.name,
+            layer=part.layer,
+            type=part.type,
+            shape=part.shape,
+            rho=min(ranks[unit.name], part.rank) / part.rank,
+            rank=min(ranks[unit.name], part.rank),
+            weighting="none" if settings.method == "svd" else settings.method,
+            stack=part.stack,
+        )
+        for unit in units
+        for parts in unit.parts
+        for part in parts
+        if ranks[unit.name] < unit.full()
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from eckart.calibration import read_windows
 from eckart.checkpoint import check_empty, load, load_model, save, stored_dtype, temporary_folder
-from eckart.compression import WINDOW, compress
+from eckart.compression import WINDOW, compress, forecast
 from eckart.errors import TaskError
 from eckart.factoring import factor_
 from eckart.plan import write_plan
@@ -20,7 +20,7 @@ from eckart.recipe import CompressSettings, write_recipe
 from eckart.report import render
 from eckart.results import Measurement, environment, to_json, write_text
 from eckart.scoring import prepare, rearrange, score, summarize
-from eckart.tasks import Task, read_task, read_text
+from eckart.tasks import Task, read_task, read_text, split
 
 WORK = "work"
 """Folder of what an unfinished compression has finished."""
@@ -34,8 +34,8 @@ def run_compress(
     out: Path,
     settings: CompressSettings,
     *,
-    texts: Sequence[Path] = (),
-    tasks: Sequence[Path] = (),
+    task: Path | None = None,
+    measure: Sequence[Path] = (),
     device: str = "auto",
     dtype: str = "auto",
     progress: Callable[[Any], None] | None = None,
@@ -49,8 +49,9 @@ def run_compress(
         calibration: A text file. Windows of it beyond those that are read measure the result.
         out: The run's folder: new, empty, or holding an unfinished compression with the same settings.
         settings: The budget, and how.
-        texts: Other text files on which perplexity is measured before and after.
-        tasks: Task files that are measured before and after.
+        task: A task file that the model should stay good at, too. A fifth of it takes part, the rest measures.
+        measure: Other tasks (.jsonl) and texts on which the model is measured before and after: what they lose is the
+            damage elsewhere.
         device: As for `eckart.load`.
         dtype: Of the computation, as for `eckart.load`; the folder is written in the dtype of the original.
         progress: Called with an `eckart.compression.Progress` before every part of the work.
@@ -65,12 +66,23 @@ def run_compress(
     if not begun:
         check_empty(out)
     text = read_text(calibration)
-    measured = [read_text(path) for path in texts] + [read_task(path) for path in tasks]
+    measured = [read_task(path) if path.suffix == ".jsonl" else read_text(path) for path in measure]
+    chosen, proving = (None, None) if task is None else split(read_task(task), seed=settings.seed)
+    if proving is not None:
+        measured.insert(0, proving)
     started = time.perf_counter()
     model, tokenizer = load(source, device=device, dtype=dtype)
     stored = stored_dtype(source, model)
     found = compress(
-        model, tokenizer, text, settings, source=source, stored=stored, spill=out / WORK, progress=progress
+        model,
+        tokenizer,
+        text,
+        settings,
+        task=chosen,
+        source=source,
+        stored=stored,
+        spill=out / WORK,
+        progress=progress,
     )
     compressed = time.perf_counter()
     before = _quality(model, tokenizer, text, measured, settings)
@@ -97,6 +109,37 @@ def run_compress(
     write_text(out / "results.json", text_of_results)
     shutil.rmtree(out / WORK, ignore_errors=True)
     return results
+
+
+def forecast_compress(
+    source: str,
+    calibration: Path,
+    settings: CompressSettings,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[Any], None] | None = None,
+) -> dict[str, Any]:
+    """Say what a compression would do; as for `eckart.compression.forecast`.
+
+    Args:
+        source: As for `run_compress`.
+        calibration: As for `run_compress`.
+        settings: As for `run_compress`.
+        device: As for `run_compress`.
+        dtype: As for `run_compress`.
+        progress: As for `run_compress`.
+
+    Returns:
+        As of `forecast`.
+
+    Raises:
+        EckartError: Bad input.
+    """
+    text = read_text(calibration)
+    model, tokenizer = load(source, device=device, dtype=dtype)
+    stored = stored_dtype(source, model)
+    return forecast(model, tokenizer, text, settings, stored=stored, progress=progress)
 
 
 def compression_begun(out: Path) -> bool:

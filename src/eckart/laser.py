@@ -282,7 +282,7 @@ def search(
             )
         )
         encoded = prepare_parts(model, tokenizer, (validation, test), **settings.encoding)
-        parts = dict(zip(("validation", "test"), encoded))
+        parts: dict[str, Encoded] = dict(zip(("validation", "test"), encoded))
         book = ledger(fingerprint) if ledger else Ledger(None, fingerprint)
         parts["validation"], rules = _lay_out(model, tokenizer, book, parts["validation"], settings)
         driver = Driver(crew, book, progress)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class Inputs:
     """Mean y y', shape (in, in), float64."""
     cross: Tensor
     """Mean x y'; equal to `after` where tokens cannot be paired, as for experts, which see other tokens then."""
+    drift: Tensor | None = None
+    """Mean d y', shape (out, in), where d is what the block's output lacks, original minus cut, while this weight is
+    still the original; None unless the weight's output is added to the block's."""
 
 
 class Streams:
@@ -94,11 +98,13 @@ class Streams:
         shared = len(parameters) > 1
         watched = {min(parameters)} if shared else parameters
         sums: dict[Place, tuple[int, Tensor, Tensor]] = {}
+        drift: Tensor | None = None
+        adds = len(group) == 1 and group[0].expert is None and self._adds_to_output(group[0])
         for index in range(len(self._batches)):
             before, after = {}, {}
             with self._original_weights():
-                self._observe(self._before, index, watched, before)
-            self._observe(self._after, index, watched, after)
+                original = self._observe(self._before, index, watched, before)
+            cut = self._observe(self._after, index, watched, after)
             for place, y in after.items():
                 x = before.get(place)
                 square = (y.T @ y).double()
@@ -106,13 +112,20 @@ class Streams:
                 cross = (x.T @ y).double() if paired and x is not None else square
                 tokens, a, b = sums.get(place, (0, torch.zeros_like(square), torch.zeros_like(square)))
                 sums[place] = tokens + len(y), a + square, b + cross
+                if adds and paired:
+                    lacking = _first(original) - _first(cut)
+                    part = (lacking.reshape(len(y), -1).to(y.dtype).T @ y).double()
+                    drift = part if drift is None else drift + part
         found = {}
         for matrix in group:
             place = (min(watched), None) if shared else (matrix.parameter, matrix.expert)
             assert (matrix.parameter, matrix.expert) in places
             into = matrix.shape[1]
             tokens, square, cross = sums.get(place, (0, torch.zeros(into, into), torch.zeros(into, into)))
-            found[matrix.name] = Inputs(tokens, square.double() / max(tokens, 1), cross.double() / max(tokens, 1))
+            count = max(tokens, 1)
+            found[matrix.name] = Inputs(
+                tokens, square.double() / count, cross.double() / count, None if drift is None else drift / count
+            )
         return found
 
     def advance(self) -> None:
@@ -123,11 +136,28 @@ class Streams:
             self._after.advance()
         self._originals, self._matrices = {}, ()
 
-    def _run(self, cache: PrefixCache, index: int) -> None:
-        path, _ = self._blocks[cache.depth]
-        cache.outputs(self.model.get_submodule(path), index)
+    def _adds_to_output(self, matrix: Matrix) -> bool:
+        """Tell, by trying, whether what a weight gives is added to the output of the current block as it is."""
+        noise: list[Tensor] = []
 
-    def _observe(self, cache: PrefixCache, index: int, watched: set[str], found: dict[Place, Tensor]) -> None:
+        def disturb(_place: Place, _operand: Tensor, result: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(len(noise))
+            noise.append(torch.randn(result.shape, generator=generator).to(result) * result.std())
+            return result + noise[-1]
+
+        with torch.inference_mode():
+            plain = _first(self._run(self._after, 0))
+            with Watch(self.model, {matrix.parameter}, disturb):
+                moved = _first(self._run(self._after, 0)) - plain
+        if len(noise) != 1 or moved.numel() != noise[0].numel():
+            return False
+        return bool((moved.flatten() - noise[0].flatten()).abs().max() <= 1e-3 * noise[0].abs().max() + 1e-6)
+
+    def _run(self, cache: PrefixCache, index: int) -> Any:
+        path, _ = self._blocks[cache.depth]
+        return cache.outputs(self.model.get_submodule(path), index)[-1]
+
+    def _observe(self, cache: PrefixCache, index: int, watched: set[str], found: dict[Place, Tensor]) -> Any:
         parts: dict[Place, list[Tensor]] = {}
 
         def seen(place: Place, operand: Tensor, _result: Tensor) -> None:
@@ -135,8 +165,9 @@ class Streams:
             parts.setdefault(place, []).append(x.to(torch.promote_types(x.dtype, torch.float32)))
 
         with torch.inference_mode(), Watch(self.model, watched, seen):
-            self._run(cache, index)
+            output = self._run(cache, index)
         found.update({place: torch.cat(each) for place, each in parts.items()})
+        return output
 
     @contextmanager
     def _original_weights(self) -> Iterator[None]:
@@ -149,3 +180,8 @@ class Streams:
         finally:
             for name, cut in now.items():
                 self.model.get_parameter(name).data = cut
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states that a block returns, alone or before other things."""
+    return output[0] if isinstance(output, (tuple, list)) else output

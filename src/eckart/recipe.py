@@ -21,7 +21,21 @@ AGREEMENT_POSITIONS = 32
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
-Allocate = Literal["auto", "uniform", "tail", "measured"]
+Allocate = Literal[
+    "auto",
+    "uniform",
+    "tail",
+    "measured",
+    "sensitivity",
+    "groups",
+    "signed",
+    "mp",
+    "tw",
+    "gavish-donoho",
+    "bema",
+    "energy",
+    "effective-rank",
+]
 
 
 class Settings(BaseModel):
@@ -231,6 +245,9 @@ class CompressSettings(Settings):
 
     ratio: float | None = Field(default=None, gt=0, lt=1, description="kept fraction of the numbers of the matrices")
     bytes: int | None = Field(default=None, ge=1, description="of the whole model, in place of a ratio")
+    latency: float | None = Field(
+        default=None, gt=0, lt=1, description="kept fraction of the seconds that the matrices take for one token"
+    )
     method: Method = Field(default="propagated", description="metric in which every matrix is cut")
     allocate: Allocate = Field(default="auto", description="how the budget is divided among matrices")
     storage: Literal["pivoted", "factored"] = Field(default="pivoted", description="how a cut matrix is stored")
@@ -246,11 +263,23 @@ class CompressSettings(Settings):
         default=1.0, ge=0, le=1, description="aim of 'propagated': 0 outputs at the inputs it gets, 1 original outputs"
     )
 
+    compensation: float = Field(
+        default=0.0, ge=0, le=1, description="share of what a block's output lacks that its last weight makes up for"
+    )
+    task_weight: float = Field(
+        default=0.5, ge=0, le=1, description="share of the task in the metrics, where a task is given"
+    )
+
     @model_validator(mode="after")
     def _one_budget(self) -> CompressSettings:
-        if (self.ratio is None) == (self.bytes is None):
-            raise ValueError("give a ratio or bytes, and not both")
+        if sum(budget is not None for budget in (self.ratio, self.bytes, self.latency)) != 1:
+            raise ValueError("give one of ratio, bytes and latency")
         return self
+
+    @property
+    def unit(self) -> Literal["numbers", "bytes", "seconds"]:
+        """What the budget is in."""
+        return "bytes" if self.bytes is not None else "seconds" if self.latency is not None else "numbers"
 
     @field_validator("types")
     @classmethod

@@ -851,8 +851,9 @@ def _predicted(results: Json) -> Json | None:
         return None
     from scipy import stats
 
-    found = stats.spearmanr([p["predicted"] for p in points], [p["measured"] for p in points]).statistic
-    return {"points": points, "correlation": _signed(float(found), 2) if _finite(float(found)) else ""}
+    found: Any = stats.spearmanr([p["predicted"] for p in points], [p["measured"] for p in points])
+    correlation = float(found.statistic)
+    return {"points": points, "correlation": _signed(correlation, 2) if _finite(correlation) else ""}
 
 
 def _spectrum(spectrum: Json | None, edits: list[Json]) -> Json | None:

@@ -149,7 +149,7 @@ def _counterfact_rows() -> Iterator[Mapping[str, Any]]:
             "pip install 'eckart[eval]'."
         ) from None
     try:
-        splits = load_dataset(COUNTERFACT_ID, revision=COUNTERFACT_REVISION)
+        splits: Any = load_dataset(COUNTERFACT_ID, revision=COUNTERFACT_REVISION)
     except Exception as error:  # whatever datasets and the network raise
         raise TaskError(
             f"{COUNTERFACT} could not be fetched: {type(error).__name__}: {error}. It is the data set {COUNTERFACT_ID} "

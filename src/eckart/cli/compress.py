@@ -14,6 +14,9 @@ from rich.table import Table
 from eckart.cli.console import errors, number, output, reported, safe, words
 from eckart.cli.program import BatchTokens, Debug, Device, Dtype, Json, Model, Out, Recipe, Seed, Window, app
 
+LISTED = 20
+"""Matrices of a forecast that are printed."""
+
 
 @app.command()
 def compress(
@@ -24,30 +27,42 @@ def compress(
     ],
     ratio: Annotated[float | None, typer.Option(help="Kept fraction of the numbers of the matrices: 0.8.")] = None,
     bytes: Annotated[int | None, typer.Option(help="Bytes of the whole model, instead of --ratio.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Kept fraction of the matrices' time for one token, measured here.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="svd, fwsvd, asvd, whiten, double or propagated.  [default: propagated]")
     ] = None,
     allocate: Annotated[
-        str | None, typer.Option(help="auto, uniform, tail or measured.  [default: auto, the best of all]")
+        str | None,
+        typer.Option(help="auto (best of uniform, tail, measured), or one: sensitivity, groups, signed, mp, …"),
     ] = None,
     storage: Annotated[str | None, typer.Option(help="pivoted or factored.  [default: pivoted]")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of the text that are read.  [default: 64]")] = None,
     floor: Annotated[float | None, typer.Option(help="Share of its uniform budget each matrix gets.")] = None,
     multiple: Annotated[int | None, typer.Option(help="Ranks are multiples of it.  [default: 1]")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text file to measure on; may be given again.")] = None,
-    task: Annotated[list[Path] | None, typer.Option(help="Task to measure on; may be given again.")] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="Task that the model should stay good at, too; part of it measures.")
+    ] = None,
+    task_weight: Annotated[float | None, typer.Option(help="Share of --task in the metrics.  [default: 0.5]")] = None,
+    measure: Annotated[
+        list[Path] | None, typer.Option(help="Task (.jsonl) or text to measure on; may be given again.")
+    ] = None,
     window: Window = None,
     batch_tokens: BatchTokens = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = None,
     recipe: Recipe = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what each matrix alone costs, time, memory.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Make the best model under a budget, and write it to OUT/model."""
-    from eckart.compression_run import compression_begun, run_compress
+    from eckart.compression_run import compression_begun, forecast_compress, run_compress
     from eckart.recipe import CompressSettings, make_settings
     from eckart.results import to_json
 
@@ -55,6 +70,8 @@ def compress(
         given = {
             "ratio": ratio,
             "bytes": bytes,
+            "latency": latency,
+            "task_weight": task_weight,
             "method": method,
             "allocate": allocate,
             "storage": storage,
@@ -67,28 +84,52 @@ def compress(
             "seed": seed,
         }
         settings = make_settings(CompressSettings, given, recipe)
-        if compression_begun(out):
+        if not dry_run and compression_begun(out):
             errors.print(f"Resuming the unfinished compression in {safe(str(out))}.")
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
         with Progress(*columns, console=errors, transient=True) as bar:
             line = bar.add_task("loading", total=None)
-            results = run_compress(
-                model,
-                calibration,
-                out,
-                settings,
-                texts=text or (),
-                tasks=task or (),
-                device=device,
-                dtype=dtype,
-                progress=lambda now: bar.update(
-                    line, description=f"{now.stage} {now.done}/{now.total}", completed=now.done, total=now.total
-                ),
-            )
+
+            def show(now: Any) -> None:
+                words = f"{now.stage} {now.done}/{now.total}"
+                bar.update(line, description=words, completed=now.done, total=now.total)
+
+            if dry_run:
+                results = forecast_compress(model, calibration, settings, device=device, dtype=dtype, progress=show)
+            else:
+                results = run_compress(
+                    model,
+                    calibration,
+                    out,
+                    settings,
+                    task=task,
+                    measure=measure or (),
+                    device=device,
+                    dtype=dtype,
+                    progress=show,
+                )
         if json:
             sys.stdout.write(to_json(results))
-            return
-        _print(results, out)
+        elif dry_run:
+            _print_forecast(results)
+        else:
+            _print(results, out)
+
+
+def _print_forecast(found: dict[str, Any]) -> None:
+    table = Table("each alone at its uniform share", "rank", "of", "divergence", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in found["matrices"][:LISTED]:
+        table.add_row(safe(row["matrix"]), str(row["rank"]), str(row["of"]), number(row["divergence"]))
+    output.print(table)
+    if len(found["matrices"]) > LISTED:
+        output.print(f"{len(found['matrices']) - LISTED} more cause less; --json lists all.")
+    output.print(
+        f"All together diverge by {number(found['divergence_together'])} nats/token; the single ones add up to "
+        f"{found['sum_of_single_divergences']:.4g}.\n"
+        f"Forecast: {found['seconds']:.0f} s and at most about {found['bytes'] / 2**20:,.0f} MiB."
+    )
+    for name, reason in found["stays_dense"].items():
+        errors.print(f"[yellow]note:[/] {safe(name)} stays dense: {safe(reason)}", soft_wrap=True)
 
 
 def _print(results: dict[str, Any], out: Path) -> None:

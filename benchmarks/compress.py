@@ -1,0 +1,250 @@
+"""Compress two models in every way, and measure what is left of them.
+
+    python benchmarks/compress.py SHARED --model stories260K --draws 3
+    python benchmarks/compress.py --table
+
+Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
+and so on. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the other model's.
+Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
+process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
+"""
+
+import argparse
+import copy
+import fcntl
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import eckart
+from eckart.calibration import each_expert, read_windows
+from eckart.compression import Spill, Steps, edits_of, find_units
+from eckart.dataflow import evaluating
+from eckart.factoring import factor_
+from eckart.matrices import find_matrices, read, write
+from eckart.recipe import CompressSettings
+from eckart.scoring import score, summarize
+from eckart.tasks import read_text
+from eckart.truncation import round_to_int8
+
+RESULTS = Path(__file__).parent / "results"
+TEXTS = {"stories260K": ("tinystories", "books"), "pebble-7m": ("books", "tinystories")}
+# method, allocations, storages; the first that fits a method reads the text for it.
+WAYS = [
+    ("svd", ["uniform"], ["factored", "pivoted"]),
+    ("fwsvd", ["uniform"], ["pivoted"]),
+    ("asvd", ["uniform"], ["factored", "pivoted"]),
+    ("whiten", ["uniform"], ["factored", "pivoted"]),
+    ("double", ["uniform", "tail", "measured"], ["factored", "pivoted"]),
+    ("propagated", ["auto"], ["factored"]),
+    ("propagated", ["uniform", "auto"], ["pivoted"]),
+]
+MORE = ["sensitivity", "groups", "signed", "mp", "effective-rank"]
+"""Other allocations, compared with `double` and pivoted storage."""
+
+
+def perplexity(model, tokenizer, windows):
+    found = summarize(windows, score(model, tokenizer, windows))["perplexity"]
+    return {"value": found.value, "stderr": found.stderr, "count": found.count}
+
+
+class Bench:
+    def __init__(self, shared: Path, name: str, draws: int, ratios: list[float], only: str | None):
+        self.name, self.draws, self.ratios, self.only = name, draws, ratios, only
+        self.path = RESULTS / f"compress-{name}.json"
+        self.rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        self.model, self.tokenizer = eckart.load(str(shared / "models" / name))
+        own, other = TEXTS[name]
+        text = shared / "text"
+        self.calibration = read_text(text / f"{own}_calibration.txt")
+        self.inside = self.windows(read_text(text / f"{own}_validation.txt"), 64)
+        self.outside = self.windows(read_text(text / f"{other}_validation.txt"), 16)
+
+    def windows(self, task, count, first=0):
+        return read_windows(task, self.tokenizer, length=256, count=count, first=first)
+
+    def has(self, **key) -> bool:
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        # Several processes may work on one file, each on rows of its own.
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            held = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+            self.rows = [*held, row]
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps({"model": self.name, "rows": self.rows}, indent=1))
+            part.replace(self.path)
+        print(json.dumps(row), flush=True)
+
+    def quality(self, model) -> dict:
+        return {
+            "inside": perplexity(model, self.tokenizer, self.inside),
+            "outside": perplexity(model, self.tokenizer, self.outside),
+        }
+
+    def dense(self) -> None:
+        if not self.has(method="dense"):
+            self.add({"method": "dense", **self.quality(self.model)})
+        for method, bits in (("int8", 8), ("int4", 4), ("int4, groups of 32", 4)):
+            if self.has(method=method):
+                continue
+            small, numbers, taken = copy.deepcopy(self.model), 0, 0.0
+            units, _ = find_units(small, find_matrices(small), CompressSettings(ratio=0.5))
+            for unit in units:
+                for matrix in unit.matrices:
+                    weight = read(small, matrix)
+                    size = 32 if "groups" in method else weight.shape[1]
+                    size = size if weight.shape[1] % size == 0 else weight.shape[1]
+                    rows = weight.reshape(-1, size)
+                    if bits == 8:
+                        integers, scales = round_to_int8(rows)
+                    else:
+                        scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+                        integers = (rows / scales).round().clamp(-7, 7)
+                    write(small, matrix, (integers * scales).reshape(weight.shape))
+                    numbers += weight.numel()
+                    taken += weight.numel() * bits / 8 + 2 * len(rows)
+            # Of the bytes that the same matrices take in 16 bits.
+            self.add({"method": method, "bytes": taken / (2 * numbers), **self.quality(small)})
+
+    def run(self) -> None:
+        self.dense()
+        for draw in range(self.draws):
+            windows = self.windows(self.calibration, 64, 64 * draw)
+            work: dict[str, Spill] = {}
+            for ratio in self.ratios:
+                for method, allocations, storages in WAYS:
+                    for allocate in allocations:
+                        for storage in storages:
+                            self.row(windows, work, draw, ratio, method, allocate, storage)
+                for allocate in MORE if self.only is None else ():
+                    self.row(windows, work, draw, ratio, "double", allocate, "pivoted")
+
+    def row(self, windows, work, draw, ratio, method, allocate, storage) -> None:
+        key = {"draw": draw, "ratio": ratio, "method": method, "allocate": allocate, "storage": storage}
+        if self.has(**key) or (self.only is not None and f"{method} {allocate} {storage}" != self.only):
+            return
+        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage)
+        units, _ = find_units(self.model, find_matrices(self.model), settings)
+        spill = work.setdefault(method, Spill(None))
+        steps = Steps(self.model, self.tokenizer, settings, windows, units, spill, lambda _: None)
+        with evaluating(self.model), each_expert(self.model):
+            start = time.process_time()
+            fresh = spill.tensors(units[0].name) is None
+            curves = steps.curves()
+            read_seconds = time.process_time() - start
+            if fresh and not self.has(draw=draw, method=method, allocate="reading"):
+                self.add({"draw": draw, "method": method, "allocate": "reading", "seconds": read_seconds})
+            start = time.process_time()
+            chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
+            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            if allocate not in ("auto", "uniform") and chosen != allocate:
+                # The table shows every allocation as it is, not the better one of it and uniform.
+                choice = steps.allocation(allocate, curves, steps.budget(curves))
+                ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            factors = steps.factors(ranks)
+            seconds = time.process_time() - start
+        small = copy.deepcopy(self.model)
+        made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=storage)
+        spent = float(sum(curve.costs[choice[curve.name]] for curve in curves))
+        self.add(
+            {
+                **key,
+                "chosen": chosen,
+                "divergence": {name: value.value for name, value in divergence.items()},
+                "kept": spent / float(sum(curve.costs[-1] for curve in curves)),
+                "parameters": made.after.parameters,
+                **self.quality(small),
+                "seconds": seconds,
+                "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            }
+        )
+
+
+def block_of_7b() -> dict:
+    """Time the decompositions of a block shaped as that of a 7 B Llama, at a half and a quarter, and extrapolate."""
+    from eckart.weighting import decompose_weighted, square_root
+
+    found = {}
+    for divisor in (8, 4):
+        width, hidden = 4096 // divisor, 11008 // divisor
+        seconds = 0.0
+        for out, into, count in ((width, width, 4), (hidden, width, 2), (width, hidden, 1)):
+            weight = torch.randn(out, into)
+            x, g = torch.randn(2 * into, into), torch.randn(2 * out, out)
+            start = time.process_time()
+            decompose_weighted(weight, square_root(g.T @ g, shrinkage=0.3), square_root(x.T @ x, shrinkage=0.1))
+            seconds += count * (time.process_time() - start)
+        found[f"width {width}"] = seconds
+    small, large = found.values()
+    power = float(np.log2(large / small))
+    return {"seconds": found, "power": power, "extrapolated": large * 4**power}
+
+
+def table() -> None:
+    for path in sorted(RESULTS.glob("compress-*.json")):
+        held = json.loads(path.read_text())
+        rows = held["rows"]
+        print(f"\n**{held['model']}**\n")
+        ratios = sorted({row["ratio"] for row in rows if "ratio" in row}, reverse=True)
+        heads = [f"{ratio:g}" for ratio in ratios]
+        print("| method | allocation | storage | " + " | ".join(heads) + " | elsewhere at " + heads[-1] + " | CPU s |")
+        print("|" + "---|" * (len(ratios) + 5))
+        for row in rows:
+            if row["method"] == "dense" or row["method"].startswith("int"):
+                size = f"{row['bytes']:.3f} of 16 bits" if "bytes" in row else ""
+                value = f"{row['inside']['value']:.2f} ± {row['inside']['stderr']:.2f}"
+                print(
+                    f"| {row['method']} | {size} | | "
+                    + " | ".join([value] * len(ratios))
+                    + f" | {row['outside']['value']:.0f} | |"
+                )
+        ways = dict.fromkeys((r["method"], r["allocate"], r["storage"]) for r in rows if "storage" in r)
+        for way in ways:
+            cells, seconds, outside = [], [], ""
+            for ratio in ratios:
+                same = [r for r in rows if "storage" in r and (r["method"], r["allocate"], r["storage"]) == way]
+                same = [r for r in same if r["ratio"] == ratio]
+                values = np.array([r["inside"]["value"] for r in same])
+                seconds += [r["seconds"] for r in same]
+                if not len(values):
+                    cells.append("–")
+                    continue
+                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
+                spread = f" ± {error:.2g}" if error is not None else ""
+                cells.append(f"{values.mean():.4g}{spread} ({len(values)})")
+                outside = f"{np.mean([r['outside']['value'] for r in same]):.4g}"
+            print(f"| {' | '.join(way)} | " + " | ".join(cells) + f" | {outside} | {np.median(seconds):.1f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shared", nargs="?", type=Path, help="folder with models/ and text/")
+    parser.add_argument("--model", choices=TEXTS, default="stories260K")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--ratios", default="0.9,0.8,0.6,0.4")
+    parser.add_argument("--only", help="one way, such as 'propagated auto pivoted'")
+    parser.add_argument("--block", action="store_true", help="time the decompositions of a large block")
+    parser.add_argument("--table", action="store_true", help="print the tables of what was measured")
+    given = parser.parse_args()
+    if given.table:
+        table()
+    elif given.block:
+        found = block_of_7b()
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "compress-block.json").write_text(json.dumps(found, indent=1))
+        print(json.dumps(found))
+    else:
+        assert given.shared is not None, "give the folder with models/ and text/"
+        ratios = [float(word) for word in given.ratios.split(",")]
+        Bench(given.shared, given.model, given.draws, ratios, given.only).run()
+
+
+if __name__ == "__main__":
+    main()

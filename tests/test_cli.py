@@ -42,6 +42,23 @@ OPTIONS = {
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
     "apply": COMMON | {"model", "plan", "--out", "--dense", "--portable", "--force"},
+    "inspect": COMMON | ENCODING | {
+        "model", "--out", "--checkpoints", "--dry-run", "--fast", "--layers", "--types", "--rho",
+        "--task", "--text", "--tokens", "--top",
+    },
+    "compress": COMMON | {
+        "model", "--out", "--calibration", "--ratio", "--bytes", "--latency", "--method", "--allocate", "--storage",
+        "--floor", "--multiple", "--measure", "--task", "--task-weight", "--types", "--window", "--windows",
+        "--batch-tokens", "--dry-run", "--json", "--recipe", "--seed",
+    },
+    "recover": {
+        "model", "--out", "--data", "--teacher", "--method", "--loss", "--lm-weight", "--init", "--rank", "--refine",
+        "--steps", "--minutes", "--batch", "--batch-tokens", "--window", "--lr", "--schedule", "--precision",
+        "--gradient-checkpointing", "--held-out", "--evaluations", "--patience", "--cache-bytes",
+        "--adapter", "--no-adapter", "--device", "--dry-run", "--json", "--recipe", "--seed", "--debug",
+    },
+    "export": {"model", "--out", "--to", "--plan", "--quantize", "--force", "--json", "--seed", "--debug"},
+    "run": {"model", "--prompt", "--tokens", "--temperature", "--top-p", "--seed", "--threads", "--json", "--debug"},
     "serve": COMMON | {"model", "--host", "--port"},
     "report": {"run", "--debug"},
 }  # fmt: skip

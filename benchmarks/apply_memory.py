@@ -69,7 +69,11 @@ def make_checkpoint(folder: Path, width: int, options: argparse.Namespace) -> No
         tensors = {}
         for name in names:
             shape = shapes[name]
-            values = torch.randn(shape, generator=generator) / shape[-1] ** 0.5 if len(shape) > 1 else torch.ones(shape)
+            values = torch.ones(shape)
+            if len(shape) > 1:
+                values = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+                left, right = (torch.randn(side, options.planted, generator=generator) for side in shape)
+                values.addmm_(left, right.mT, alpha=4 / sum(shape))
             tensors[name] = values.bfloat16()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
@@ -90,7 +94,15 @@ def make_plan(source: Path, path: Path, options: argparse.Namespace) -> int:
 
 def apply(source: Path, plan: Path, out: Path, *extra: str) -> dict[str, float]:
     """Run `eckart apply` and watch its memory."""
-    command = [sys.executable, "-m", "eckart.cli", "apply", str(source), str(plan), "--out", str(out), *extra]
+    found = watched(["apply", str(source), str(plan), "--out", str(out), *extra])
+    written = sum(path.stat().st_size for path in shards_of(str(out / "model")))
+    shutil.rmtree(out)
+    return found | {"written": written}
+
+
+def watched(arguments: list[str]) -> dict[str, float]:
+    """Run the program, and look at its memory every 20 ms."""
+    command = [sys.executable, "-m", "eckart.cli", *arguments]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: S603 this Python, this package
     most = {"RssAnon": 0, "RssFile": 0}
@@ -102,10 +114,8 @@ def apply(source: Path, plan: Path, out: Path, *extra: str) -> dict[str, float]:
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    written = sum(path.stat().st_size for path in shards_of(str(out / "model")))
-    shutil.rmtree(out)
     seconds = time.perf_counter() - began
-    return {"anonymous": most["RssAnon"], "mapped": most["RssFile"], "written": written, "seconds": seconds}
+    return {"anonymous": most["RssAnon"], "mapped": most["RssFile"], "seconds": seconds}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -149,6 +159,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, default=96)
     add("--edited", type=int, default=8, help="layers whose seven matrices are cut")
     add("--rho", type=float, default=0.1)
+    add("--planted", type=int, default=0, help="rank of a signal in every matrix")
     add("--shard-mib", type=int, default=200)
     add("--folder", type=Path, help="of the temporary files; several GB")
     add("--table", action="store_true", help="print the saved result and measure nothing")

@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft", reason="needs peft, of the extra 'recover'")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning",
     "ignore:fan_in_fan_out:UserWarning",
-    "ignore:The following rank_pattern keys:RuntimeWarning",
+    "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning",
     "ignore:target_parameters=:RuntimeWarning",
 )
 

@@ -801,7 +801,7 @@ def paths(value, path=()):
 @pytest.mark.parametrize("make", [search_results, evaluate_results, composed_results])
 @pytest.mark.parametrize("bad", ["missing", None, "text", 7])
 def test_a_damaged_field_gives_a_report_or_one_clear_error(monkeypatch, make, bad):
-    monkeypatch.setattr(report, "_plotly", lambda: "")
+    monkeypatch.setattr(report, "plotly", lambda: "")
     results = make(**({} if make is evaluate_results else {"layers": 1, "rhos": (0.1,)}))
     for path in paths(results):
         damaged = copy.deepcopy(results)

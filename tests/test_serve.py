@@ -61,7 +61,12 @@ def server(folder, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "eckart.cli", "serve", str(folder), "--port", str(port)]
     with (tmp_path / "log").open("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        # A suite that a shell runs in the background has been told to ignore Ctrl-C, and so would be the server.
+        heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        finally:
+            signal.signal(signal.SIGINT, heard)
         killer = threading.Timer(120, process.kill)
         killer.start()
         try:

@@ -415,7 +415,11 @@ def _places(model: Any, config: Any, tensors: Mapping[str, Stored]) -> dict[str,
 
 
 def _embeddings(model: Any) -> tuple[str, ...]:
-    modules = {id(found) for found in (output_embeddings(model), model.get_input_embeddings()) if found is not None}
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # it reads no tokens
+        table = None
+    modules = {id(found) for found in (output_embeddings(model), table) if found is not None}
     named = [path for path, module in model.named_modules() if id(module) in modules]
     return tuple(name for name, _ in model.named_parameters() if name.removesuffix(".weight") in named)
 

@@ -198,7 +198,7 @@ def save_models(folder: Path, options: argparse.Namespace) -> dict[str, str]:
             rank = int(options.ratio * shape[0] * shape[1] / sum(shape))
             layer = make_layer("factored", shape, rank, {"device": "cpu", "dtype": linear.weight.dtype})
             stored[name] = stored_as(layer)
-            replace_(model, name, layer)
+            replace_(model, {name: layer})
     attach_(model, stored, {})
     save(model, folder / "factored")
     return {name: str(folder / name) for name in ("dense", "factored")}

@@ -291,7 +291,7 @@ def test_with_no_bytes_allowed_every_edited_weight_is_dense_and_spilled_ones_are
 def test_a_module_held_in_several_places_is_replaced_in_all():
     inner = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(inner, nn.ReLU()), "b": nn.Sequential(nn.ReLU(), inner)})
-    replace_(model, "a.0", FactoredLinear(4, 4, 1))
+    replace_(model, {"a.0": FactoredLinear(4, 4, 1)})
     assert isinstance(model["a"][0], LowRankLayer)
     assert model["b"][1] is model["a"][0]
 

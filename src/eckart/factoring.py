@@ -118,7 +118,7 @@ def factor_(
             layers[path] = stored_as(layer, transposed=edits[0][0].transposed)
             if file is not None:
                 layer.load_state_dict(_mapped(layer.state_dict(), file), assign=True)
-            replace_(model, path, layer)
+            replace_(model, {path: layer})
     if layers:
         attach_(model, layers, dense)
     return Factoring(layers, dense, before, sizes(model)[0])

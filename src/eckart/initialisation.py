@@ -158,7 +158,8 @@ def initialise_(
             that are not in it, as experts, take that metric too.
     """
     for path, layer in low_rank_layers(model).items():
-        replace_(model, path, _initialised(layer, weights[path].to(_device(layer)), rank, (moments or {}).get(path)))
+        new = _initialised(layer, weights[path].to(_device(layer)), rank, (moments or {}).get(path))
+        replace_(model, {path: new})
 
 
 def _device(layer: LowRankLayer) -> torch.device:

@@ -467,7 +467,15 @@ def _linear(into: int, out: int, bias: bool, device: Any, dtype: torch.dtype | N
     with warnings.catch_warnings():
         if not into * out:
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        return nn.Linear(into, out, bias, device=device, dtype=dtype)
+        if device is None or torch.device(device).type != "meta":
+            return nn.Linear(into, out, bias, device=device, dtype=dtype)
+    # Drawing numbers that do not exist would take most of the time in which a model is loaded.
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = into, out
+    layer.weight = nn.Parameter(torch.empty(out, into, device=device, dtype=dtype))
+    layer.register_parameter("bias", nn.Parameter(torch.empty(out, device=device, dtype=dtype)) if bias else None)
+    return layer
 
 
 def _filled(layer: Any, tensors: dict[str, Tensor | None]) -> Any:

@@ -154,7 +154,7 @@ class LowRankQuantizer(HfQuantizer):
             path = _path_in(model, name)
             if path is not None:
                 found[path] = stored
-                replace_(model, path, _empty_layer(model, path, stored))
+        replace_(model, {path: _empty_layer(model, path, stored) for path, stored in found.items()})
         if self.quantization_config.layers and not found:
             raise ModelError(
                 f"{type(model).__name__} has none of the {len(self.quantization_config.layers)} low-rank layers that "
@@ -191,11 +191,9 @@ class LowRankQuantizer(HfQuantizer):
         """
         for name, stored in self.quantization_config.layers.items():
             layer: Any = model.get_submodule(name)
-            replace_(
-                model,
-                name,
-                nn.Parameter(layer.dense().detach()) if stored.storage == "experts" else _dense(layer, stored),
-            )
+            dense = nn.Parameter(layer.dense().detach()) if stored.storage == "experts" else _dense(layer, stored)
+            # One at a time, so that factors are let go as they are multiplied out.
+            replace_(model, {name: dense})
         self.remove_quantization_config(model)
         vars(model).pop("_weight_conversions", None)
         _forget_modeling(model)
@@ -292,26 +290,27 @@ def sizes(model: nn.Module) -> tuple[Size, Size]:
     return Size(found.parameters, found.bytes + order), Size(found.parameters + numbers, found.bytes + extra)
 
 
-def replace_(model: nn.Module, path: str, new: nn.Module | nn.Parameter) -> None:
-    """Put a module or parameter into the place of another.
+def replace_(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Put modules or parameters into the places of others, all in one walk through the model.
 
     Args:
         model: Modified. A module that it holds in several places is replaced in all of them.
-        path: Of the old one, a module or a parameter.
-        new: The new one.
+        layers: Path of an old one, a module or a parameter -> the new one.
     """
-    parent, _, name = path.rpartition(".")
-    holder = model.get_submodule(parent)
-    old = getattr(holder, name)
-    if isinstance(old, nn.Module) and isinstance(new, nn.Module):
-        new.train(old.training)
-        for module in model.modules():
-            for key, child in module._modules.items():
-                if child is old:
-                    module._modules[key] = new
-    else:
-        delattr(holder, name)
-        setattr(holder, name, new)
+    modules: dict[nn.Module, nn.Module] = {}
+    for path, new in layers.items():
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        old = getattr(holder, name)
+        if isinstance(old, nn.Module) and isinstance(new, nn.Module):
+            modules[old] = new.train(old.training)
+        else:
+            delattr(holder, name)
+            setattr(holder, name, new)
+    for module in list(model.modules()) if modules else ():
+        for key, child in module._modules.items():
+            if child in modules:
+                module._modules[key] = modules[child]
 
 
 def empty_layer(stored: StoredLayer, *, bias: bool) -> Any:

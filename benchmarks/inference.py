@@ -219,6 +219,7 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
                 del model
         models = {name: load_model(folder, dtype="stored") for name, folder in sides.items()}
         parameters = {name: sizes(model)[0] for name, model in models.items()}
+        models["arranged"] = arrange_(load_model(sides["factored"], dtype="stored"))
         speed = measure_speed(models, "dense", batches=options.batch, repeats=options.repeats, progress=print)
         memory = [measure_memory(name, folder, dtype="stored") for name, folder in sides.items()]
     load = {"ms": {name: spread([1e3 * each for each in found]) for name, found in seconds.items()}}
@@ -230,20 +231,21 @@ def measure_model(options: argparse.Namespace) -> dict[str, Any]:
 def model_table(folder: Path) -> str:
     """Render the saved results of whole models as Markdown."""
     rows = [
-        ("model", "phase, batch", "dense, tokens/s", "factored, tokens/s", "ratio [least, most]", "limit"),
-        ("---",) * 6,
+        ("model", "phase, batch", "side", "dense, tokens/s", "its tokens/s", "ratio [least, most]", "limit"),
+        ("---",) * 7,
     ]
     notes = []
     for path in sorted(folder.glob("inference-model-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         name = f"{result['parameters']['dense']['parameters'] / 1e6:.0f} M, {result['dtype']}"
-        pairs = zip(result["speed"][::2], result["speed"][1::2])
-        for (dense, factored), phase in itertools.product(list(pairs), ("prefill", "decode")):
-            ratio = factored[phase]["ratio"]
+        dense = {row["batch"]: row for row in result["speed"] if row["side"] == "dense"}
+        others = [row for row in result["speed"] if row["side"] != "dense"]
+        for other, phase in itertools.product(others, ("prefill", "decode")):
+            ratio = other[phase]["ratio"]
             cell = f"**{ratio['value']:.2f}** [{ratio['least']:.2f}, {ratio['most']:.2f}]"
-            limit = f"{factored[phase]['limit']:.2f} by {factored[phase]['limited_by']}"
-            paces = (f"{side[phase]['tokens_per_second']['value']:.4g}" for side in (dense, factored))
-            rows.append((name, f"{phase}, {dense['batch']}", *paces, cell, limit))
+            limit = f"{other[phase]['limit']:.2f} by {other[phase]['limited_by']}"
+            paces = (f"{side[phase]['tokens_per_second']['value']:.4g}" for side in (dense[other["batch"]], other))
+            rows.append((name, f"{phase}, {other['batch']}", other["side"], *paces, cell, limit))
         load, memory = result["load"], {row["side"]: row for row in result["memory"]}
         above = {side: row["peak"]["value"] - row["interpreter"]["value"] for side, row in memory.items()}
         own = memory["factored"]["parameters"]

@@ -21,6 +21,7 @@ _HOMES = {
     "Compression": "compression",
     "compress": "compression",
     "EckartError": "errors",
+    "arrange_": "linear",
     "Factoring": "factoring",
     "factor_": "factoring",
     "evaluate": "scoring",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from eckart.inspection import run_inspect as run_inspect
     from eckart.laser import SearchResult as SearchResult
     from eckart.laser import search as search
+    from eckart.linear import arrange_ as arrange_
     from eckart.matrices import Matrix as Matrix
     from eckart.matrices import coverage as coverage
     from eckart.matrices import find_matrices as find_matrices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ from eckart.factoring import factor_
 from eckart.plan import write_plan
 from eckart.quantizer import sizes
 from eckart.recipe import CompressSettings, write_recipe
-from eckart.report import render
-from eckart.results import Measurement, environment, to_json, write_text
+from eckart.report import finish_run
+from eckart.results import Measurement, environment, write_text
 from eckart.scoring import prepare, rearrange, score, summarize
 from eckart.tasks import Task, read_task, read_text, split
 
@@ -104,9 +103,7 @@ def run_compress(
     }
     write_plan(out / "plan.json", found.plan)
     write_text(out / "recipe.yaml", write_recipe(settings))
-    text_of_results = to_json(results)
-    write_text(out / "report.html", render(json.loads(text_of_results)))
-    write_text(out / "results.json", text_of_results)
+    finish_run(out, results)
     shutil.rmtree(out / WORK, ignore_errors=True)
     return results
 

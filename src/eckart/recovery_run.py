@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from eckart.errors import EckartError
 from eckart.quantizer import sizes
 from eckart.recipe import RecoverSettings, write_recipe
 from eckart.recovery import Recovery, forecast_recovery, recover
-from eckart.report import render
-from eckart.results import SCHEMA_VERSION, environment, to_json, write_text
+from eckart.report import finish_run
+from eckart.results import SCHEMA_VERSION, environment, write_text
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import read_text
 from eckart.training import Progress
@@ -83,7 +82,8 @@ def run_recover(
     save(model, out / "model", tokenizer)
     write_text(out / "recipe.yaml", write_recipe(settings))
     now, dense_size = sizes(model)
-    results = to_json(
+    finish_run(
+        out,
         {
             "schema_version": SCHEMA_VERSION,
             "kind": "recover",
@@ -109,10 +109,8 @@ def run_recover(
             "seconds": found.facts["seconds"],
             "environment": environment(),
             "recipe": settings.model_dump(mode="json"),
-        }
+        },
     )
-    write_text(out / "report.html", render(json.loads(results)))
-    write_text(out / "results.json", results)
     shutil.rmtree(state)
     return found
 

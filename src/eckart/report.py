@@ -19,7 +19,7 @@ import math
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +29,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template, Undef
 from markupsafe import Markup
 
 from eckart.errors import EckartError
-from eckart.results import SCHEMA_VERSION, read_json, write_text
+from eckart.results import SCHEMA_VERSION, read_json, to_json, write_text
 
 Json = dict[str, Any]
 
@@ -47,6 +47,21 @@ PROMPT_CHARACTERS = 600
 HOVER_CHARACTERS = 56
 LABEL_CHARACTERS = 32
 MINUS, DASH, NARROW_SPACE, HARD_SPACE = "\u2212", "\u2013", "\u202f", "\u00a0"
+
+
+def finish_run(out: Path, results: Mapping[str, Any]) -> None:
+    """Write the report, then the results: a folder with `results.json` is a finished run.
+
+    Args:
+        out: The run's folder.
+        results: What `results.json` will hold; measurements and dataclasses may be in it. Not modified.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    text = to_json(results)
+    write_text(out / "report.html", render(json.loads(text)))
+    write_text(out / "results.json", text)
 
 
 def write_report(run: Path) -> Path:

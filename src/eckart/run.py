@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,9 +20,9 @@ from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
 from eckart.plan import Plan, read_plan, write_plan
 from eckart.recipe import SearchSettings, Settings, write_recipe
-from eckart.report import render
+from eckart.report import finish_run
 from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
-from eckart.results import SCHEMA_VERSION, environment, read_json, to_json, write_text
+from eckart.results import SCHEMA_VERSION, environment, read_json, write_text
 from eckart.scoring import constant_answer, prepare, score, summarize
 from eckart.surgery import applied, check_finite, check_plan, weights_sha256
 from eckart.tasks import Task
@@ -136,7 +135,7 @@ def run_search(
                 out.rmdir()
     write_plan(out / "plan.json", found.plan)
     write_text(out / "recipe.yaml", write_recipe(settings))
-    _finish(out, found.to_results())
+    finish_run(out, found.to_results())
     return found
 
 
@@ -231,7 +230,7 @@ def run_evaluate(
                 results["memory"] = _memory(sides, where, progress)
     if out is not None:
         open_run(out)
-        _finish(out, results)
+        finish_run(out, results)
     return results
 
 
@@ -370,13 +369,6 @@ def forecast_search(
     model, tokenizer = load(source, device=device, dtype=dtype)
     check_finite(model)
     return forecast(model, tokenizer, task, settings, workers=workers)
-
-
-def _finish(out: Path, results: dict[str, Any]) -> None:
-    """Write the report, then the results: a folder with results.json is a finished run."""
-    text = to_json(results)
-    write_text(out / "report.html", render(json.loads(text)))
-    write_text(out / "results.json", text)
 
 
 def _close(book: Ledger) -> None:

@@ -9,14 +9,16 @@ import torch
 import eckart
 import tiny_models as tiny
 from eckart.calibration import read_windows
-from eckart.compression import Spill, Steps, compress, find_units, forecast, restored, seconds_of
+from eckart.compression import Steps, compress, forecast
 from eckart.errors import MatrixError, OutputError, PlanError, RankError
 from eckart.factoring import factor_
 from eckart.linear import LowRankLayer
 from eckart.matrices import find_matrices, partition, read, write
 from eckart.recipe import CompressSettings
+from eckart.spill import Spill
 from eckart.surgery import apply_, weights_sha256
 from eckart.tasks import Example, make_task
+from eckart.units import find_units, restored, seconds_of
 
 METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
 

@@ -7,12 +7,9 @@ killed compression goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,40 +18,34 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eckart import allocate
 from eckart.allocate import Choice, Curve
-from eckart.calibration import Moments, Place, collect, each_expert, loss_gradients, mixed, read_windows
+from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
-from eckart.errors import MatrixError, OutputError
-from eckart.experts import FactoredExperts
-from eckart.factoring import obstacle
-from eckart.linear import STORAGES, bytes_stored
 from eckart.matrices import (
     Matrix,
     coverage,
     find_blocks,
     find_matrices,
     part_of,
-    partition,
     read,
-    rows_of,
-    select,
     write,
 )
 from eckart.noise import rank_by
-from eckart.plan import Edit, MadeBy, Plan, PlannedModel
+from eckart.plan import MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
 from eckart.recipe import CompressSettings
-from eckart.results import SCHEMA_VERSION, Measurement, mean, read_json, to_json, write_text
+from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
+from eckart.spill import Spill
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
+from eckart.units import Unit, costs_of, edits_of, find_units, of_parts, restored, seconds_of
 from eckart.weighting import (
     Root,
     WeightedSpectrum,
@@ -69,8 +60,6 @@ WINDOW = 256
 """Tokens of a window, unless told otherwise."""
 STATISTICS_BYTES = 2**31
 """Most bytes of moments held at once; the text is read again for what does not fit."""
-
-
 AUTO = ("uniform", "tail", "measured")
 """Allocations that are compared unless one is asked for."""
 MEASURED_AT = (1.0, 0.5)
@@ -85,22 +74,6 @@ class Progress:
     stage: str
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Matrices that share one rank: one, or all experts of a stack, gate and up of each joined."""
-
-    name: str
-    matrices: tuple[Matrix, ...]
-    layer: int | None
-    stack: str
-    parts: tuple[tuple[Matrix, ...], ...]
-    """What the model's list has in the place of each: itself, or the parts of an expert."""
-
-    def full(self) -> int:
-        """The largest rank."""
-        return self.matrices[0].rank
 
 
 @dataclass(frozen=True)
@@ -338,115 +311,6 @@ def forecast(
         "seconds": float(reading + trials.get(settings.allocate, 0) * measuring + 3 * a_few + cutting),
         "bytes": int(weights + moments + 8 * 8 * largest + 2 * hidden),
     }
-
-
-def find_units(
-    model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings
-) -> tuple[list[Unit], dict[str, str]]:
-    """List what gets a rank of its own.
-
-    Args:
-        model: The model. Not modified.
-        matrices: From `find_matrices`.
-        settings: `types`.
-
-    Returns:
-        The units, and matrices that must stay dense with the reason.
-
-    Raises:
-        MatrixError: Nothing is left.
-    """
-    blocked: dict[str, str] = {}
-    whole: dict[Place, list[Matrix]] = {}
-    for matrix in partition(matrices):
-        whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
-    experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
-    units = []
-    for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter)
-        siblings = tuple(whole[matrix.parameter, matrix.expert])
-        if reason is not None:
-            blocked[matrix.name] = reason
-        elif matrix.expert is None:
-            units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
-        elif matrix is siblings[0]:
-            # One rank serves all rows of an expert, so they are cut as one matrix.
-            out = sum(part.shape[0] for part in siblings)
-            name = f"{matrix.parameter}[{matrix.expert}]"
-            joined = (
-                matrix if len(siblings) == 1 else replace(matrix, name=name, shape=(out, matrix.shape[1]), rows=None)
-            )
-            experts.setdefault(matrix.parameter, []).append((joined, siblings))
-    for name, each in experts.items():
-        first = each[0][0]
-        units.append(Unit(name, tuple(m for m, _ in each), first.layer, first.stack, tuple(parts for _, parts in each)))
-    if not units:
-        raise MatrixError(
-            f"Every matrix of these types must stay dense: {next(iter(blocked.values()), 'there is none')}. "
-            "Linear layers and stacks of experts can be factored. Change --types."
-        )
-    return units, blocked
-
-
-def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
-    """Count what a unit takes at every rank: numbers under a ratio, bytes under a budget of bytes.
-
-    Args:
-        unit: One matrix, or experts.
-        ranks: From 1 to the largest.
-        settings: `storage`, and which budget.
-        dtype: Of the weights.
-
-    Returns:
-        float64; at the largest rank the dense weight's.
-    """
-    out, into = unit.matrices[0].shape
-    count, full = len(unit.matrices), unit.full()
-    in_bytes = settings.unit == "bytes"
-    size = dtype.itemsize if in_bytes else 1
-    stacked = unit.matrices[0].expert is not None
-
-    def cost(rank: int) -> float:
-        if rank == full:
-            return size * out * into * count
-        if stacked:
-            return size * FactoredExperts.rounded(rank) * (out + into) * count
-        numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
-        order = 8 * out if settings.storage == "pivoted" else 0
-        return numbers if in_bytes else (numbers - order) / dtype.itemsize
-
-    return np.array([cost(int(rank)) for rank in ranks], dtype=np.float64)
-
-
-def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor) -> list[tuple[int, float]]:
-    """Time a linear layer for one token, at ranks from which others can be read off.
-
-    Args:
-        shape: (out, in).
-        settings: `storage`.
-        like: A tensor of the dtype and on the device that count.
-
-    Returns:
-        (rank, seconds), ascending; the last is the dense layer. Each is a median of 15 times many calls.
-    """
-    out, into = shape
-    full = min(shape)
-    ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
-    place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
-    layers.append(nn.Linear(into, out, False, **place))
-    token = torch.zeros(1, into, **place)
-    times: list[list[float]] = [[] for _ in layers]
-    with torch.inference_mode():
-        for _ in range(15):
-            for layer, taken in zip(layers, times):
-                started = time.perf_counter()
-                for _ in range(10):
-                    layer(token)
-                if like.device.type == "cuda":
-                    torch.cuda.synchronize()
-                taken.append((time.perf_counter() - started) / 10)
-    return [(rank, float(np.median(taken))) for rank, taken in zip([*ranks, full], times)]
 
 
 class Steps:
@@ -727,7 +591,7 @@ class Steps:
     def factors(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
         found = self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks)
-        return _of_parts(self.units, found)
+        return of_parts(self.units, found)
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         found: dict[str, Spectrum] = {}
@@ -793,134 +657,6 @@ class Steps:
             wanted += settings.compensation * (1 - share) * (inputs.drift - own)
         # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
         return decompose_weighted(right.solve_after(wanted), left, right)
-
-
-class Spill:
-    """What is finished: tensors and lists of numbers by name, in a folder or in memory."""
-
-    def __init__(self, folder: Path | None):
-        """Open a folder, which is made where it is missing."""
-        self.folder = folder
-        self.about: dict[str, Any] = {}
-        self._tensors: dict[str, dict[str, Tensor]] = {}
-        self._numbers: dict[str, Any] = {}
-
-    def check(self, about: dict[str, Any]) -> None:
-        """Refuse a folder that holds the work of another compression, and take up what this one finished.
-
-        Raises:
-            OutputError: It was begun with other weights, text, settings or code.
-        """
-        self.about = about
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "about.json"
-        if path.exists():
-            before = read_json(path)
-            differing = [name for name in about if before.get(name) != about[name]]
-            if differing:
-                raise OutputError(
-                    f"{self.folder} holds an unfinished compression with other {', '.join(differing)}. "
-                    "Work goes on only where nothing changed. Choose another --out, or remove the folder."
-                )
-        else:
-            write_text(path, to_json(about))
-        numbers = self.folder / "numbers.json"
-        self._numbers = read_json(numbers) if numbers.exists() else {}
-
-    def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """Give tensors that were kept, mapped from their file; None where there are none."""
-        if self.folder is None:
-            return self._tensors.get(name)
-        path = self._path(name)
-        return load_file(path) if path.exists() else None
-
-    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors; the file appears whole."""
-        if self.folder is None:
-            self._tensors[name] = tensors
-            return
-        path = self._path(name)
-        part = path.with_suffix(".part")
-        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
-        os.replace(part, path)
-
-    def numbers(self, name: str) -> Any:
-        """Give numbers that were kept, or None."""
-        return self._numbers.get(name)
-
-    def note(self, name: str, numbers: Any) -> None:
-        """Keep numbers."""
-        self._numbers[name] = numbers
-        if self.folder is not None:
-            write_text(self.folder / "numbers.json", json.dumps(self._numbers))
-
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
-
-
-@contextmanager
-def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
-    """Give a model its weights back on leaving, to the bit.
-
-    Args:
-        model: Its matrices may be written inside the `with` block.
-        matrices: Those that may be.
-
-    Yields:
-        Nothing.
-    """
-    originals = [(matrix, read(model, matrix)) for matrix in matrices]
-    try:
-        yield
-    finally:
-        for matrix, weight in originals:
-            write(model, matrix, weight)
-
-
-def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: CompressSettings) -> tuple[Edit, ...]:
-    """Describe the cuts of a compression.
-
-    Args:
-        units: All of them.
-        ranks: For each; the largest means that it stays dense.
-        settings: The method is the weighting.
-
-    Returns:
-        An edit for every matrix that is cut.
-    """
-    return tuple(
-        Edit(
-            matrix=part.name,
-            layer=part.layer,
-            type=part.type,
-            shape=part.shape,
-            rho=min(ranks[unit.name], part.rank) / part.rank,
-            rank=min(ranks[unit.name], part.rank),
-            weighting="none" if settings.method == "svd" else settings.method,
-            stack=part.stack,
-        )
-        for unit in units
-        for parts in unit.parts
-        for part in parts
-        if ranks[unit.name] < unit.full()
-    )
-
-
-def _of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
-    """Divide the factors of joined experts among their parts, which go on sharing `Vh`."""
-    found = {}
-    for unit in units:
-        for matrix, parts in zip(unit.matrices, unit.parts):
-            if matrix.name in factors and parts == (matrix,):
-                found[matrix.name] = factors[matrix.name]
-            elif matrix.name in factors:
-                spectrum = factors[matrix.name]
-                for part in parts:
-                    found[part.name] = replace(spectrum, U=spectrum.U[rows_of(part).to(spectrum.U.device)])
-    return found
 
 
 def _narrow(spectrum: Spectrum) -> Spectrum:

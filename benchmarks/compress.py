@@ -153,7 +153,7 @@ class Bench:
             factors = steps.factors(ranks)
             seconds = time.process_time() - start
         small = copy.deepcopy(self.model)
-        made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=storage)
+        made = factor_(small, edits_of(steps.units, ranks, settings), factors=factors, storage=storage)
         spent = float(sum(curve.costs[choice[curve.name]] for curve in curves))
         self.add(
             {

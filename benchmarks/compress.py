@@ -22,14 +22,16 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Spill, Steps, edits_of, find_units
+from eckart.compression import Steps
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write
 from eckart.recipe import CompressSettings
 from eckart.scoring import score, summarize
+from eckart.spill import Spill
 from eckart.tasks import read_text
 from eckart.truncation import round_to_int8
+from eckart.units import edits_of, find_units
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = {"stories260K": ("tinystories", "books"), "pebble-7m": ("books", "tinystories")}

@@ -9,9 +9,10 @@ import tiny_models as tiny
 from eckart.dataflow import low_rank_layers
 from eckart.factoring import factor_
 from eckart.initialisation import balance_, correction, dense_weights, initialise_, input_moments, merged, pivot_
-from eckart.linear import PivotedLinear
+from eckart.linear import FactoredLinear, PivotedLinear, SelectedLinear
 from eckart.matrices import find_matrices
 from eckart.surgery import make_edit
+from eckart.truncation import cut, decompose
 
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
 
@@ -139,14 +140,8 @@ def test_every_storage_takes_the_start_at_unchanged_rank(name, storage, metric):
 @pytest.mark.parametrize("name", ["llama", "bloom"])  # in bloom pivoted blocks lie in row-blocked layers
 def test_balanced_layers_are_the_same_matrices_with_factors_of_equal_norm_and_pivot_back(name):
     model = tiny.build(name)
-    factor_(
-        model,
-        [
-            make_edit(m, 0.4)
-            for m in find_matrices(model)
-            if m.layer is not None and m.type not in ("other", "qkv_proj")
-        ],
-    )
+    edits = [make_edit(m, 0.4) for m in find_matrices(model) if m.layer is not None and "qkv" not in m.type]
+    factor_(model, edits)
     before = {path: layer.dense() for path, layer in low_rank_layers(model).items()}
     shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()}
     given = balance_(model)
@@ -163,3 +158,15 @@ def test_balanced_layers_are_the_same_matrices_with_factors_of_equal_norm_and_pi
     for path, layer in low_rank_layers(model).items():
         torch.testing.assert_close(layer.dense(), before[path], rtol=1e-4, atol=1e-6)
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()} == shapes
+
+
+def test_a_layer_that_reads_some_inputs_is_initialised_on_these():
+    torch.manual_seed(0)
+    columns = [0, 2, 3, 5, 6]
+    inner = FactoredLinear.from_spectrum(cut(decompose(torch.randn(8, 5)), 3))
+    model = torch.nn.Sequential(SelectedLinear(inner, columns, 7))
+    weight, moments = torch.randn(8, 7), torch.eye(7)
+    initialise_(model, {"0": weight}, 3, {"0": moments})
+    best = cut(decompose(weight[:, columns]), 3)
+    torch.testing.assert_close(model[0].dense()[:, columns], product(best), rtol=1e-4, atol=1e-5)
+    assert model[0].dense()[:, [1, 4]].abs().max() == 0

@@ -7,12 +7,10 @@ killed compression goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,40 +19,36 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eckart import allocate
 from eckart.allocate import Choice, Curve
-from eckart.calibration import Moments, Place, collect, each_expert, loss_gradients, mixed, read_windows
+from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
+from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
-from eckart.errors import MatrixError, OutputError
-from eckart.experts import FactoredExperts
-from eckart.factoring import obstacle
-from eckart.linear import STORAGES, bytes_stored
+from eckart.errors import RecipeError
 from eckart.matrices import (
     Matrix,
     coverage,
     find_blocks,
     find_matrices,
     part_of,
-    partition,
     read,
-    rows_of,
-    select,
     write,
 )
 from eckart.noise import rank_by
-from eckart.plan import Edit, MadeBy, Plan, PlannedModel
+from eckart.plan import MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
 from eckart.recipe import CompressSettings
-from eckart.results import SCHEMA_VERSION, Measurement, mean, read_json, to_json, write_text
+from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
+from eckart.spill import Spill
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
+from eckart.units import Unit, costs_of, edits_of, find_units, of_parts, restored, seconds_of
 from eckart.weighting import (
     Root,
     WeightedSpectrum,
@@ -69,8 +63,6 @@ WINDOW = 256
 """Tokens of a window, unless told otherwise."""
 STATISTICS_BYTES = 2**31
 """Most bytes of moments held at once; the text is read again for what does not fit."""
-
-
 AUTO = ("uniform", "tail", "measured")
 """Allocations that are compared unless one is asked for."""
 MEASURED_AT = (1.0, 0.5)
@@ -85,22 +77,6 @@ class Progress:
     stage: str
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Matrices that share one rank: one, or all experts of a stack, gate and up of each joined."""
-
-    name: str
-    matrices: tuple[Matrix, ...]
-    layer: int | None
-    stack: str
-    parts: tuple[tuple[Matrix, ...], ...]
-    """What the model's list has in the place of each: itself, or the parts of an expert."""
-
-    def full(self) -> int:
-        """The largest rank."""
-        return self.matrices[0].rank
 
 
 @dataclass(frozen=True)
@@ -143,6 +119,7 @@ def compress(
     settings: CompressSettings,
     *,
     task: Task | None = None,
+    pooling: Pooling | None = None,
     source: str = "",
     stored: torch.dtype | None = None,
     spill: Path | None = None,
@@ -151,12 +128,15 @@ def compress(
     """Find the factors that stay closest to a model under a budget.
 
     Args:
-        model: A causal language model in evaluation mode. As before, to the bit, when this returns.
+        model: A language model, or an encoder of text without a head, in evaluation mode. As before, to the bit, when
+            this returns.
         tokenizer: Its tokenizer.
         calibration: A task of kind `text`.
         settings: The budget, and how.
         task: Examples whose right answers the model should stay good at, too: the gradients of their loss, and the
             inputs they give, take a share in the metrics (`settings.task_weight`).
+        pooling: Of an encoder: how an embedding is made of its hidden states; by default their mean. The calibration
+            text is then read in sentences, and what is kept is their embeddings, not predictions.
         source: Where the model came from, for the plan.
         stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
         spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
@@ -167,21 +147,17 @@ def compress(
         The plan, its factors, and what was measured.
 
     Raises:
-        ModelError: A weight or a statistic is not finite.
+        ModelError: A weight or a statistic is not finite, or the model neither predicts nor embeds a text.
         RankError: The budget is too small.
+        RecipeError: The settings ask for a loss, which an encoder does not have.
         TaskError: The text is too short.
     """
     started = time.perf_counter()
     check_finite(model)
     matrices = find_matrices(model)
     units, blocked = find_units(model, matrices, settings)
-    windows = read_windows(
-        calibration,
-        tokenizer,
-        length=settings.window or WINDOW,
-        count=settings.windows,
-        batch_tokens=settings.batch_tokens,
-    )
+    pooling = pooling_for(model, settings, pooling)
+    windows = read_calibration(model, tokenizer, calibration, settings, pooling)
     work = Spill(spill)
     work.check(
         {
@@ -189,12 +165,13 @@ def compress(
             "text": calibration.sha256,
             "task": None if task is None else task.sha256,
             "settings": json.loads(settings.model_dump_json()),
+            "pooling": None if pooling is None else [*pooling.modes],
             "eckart": version("eckart"),
         }
     )
     tell = progress or (lambda _: None)
     encoded = None if task is None else encode_plain(model, tokenizer, task, settings)
-    run = Steps(model, tokenizer, settings, windows, units, work, tell, stored, encoded)
+    run = Steps(model, tokenizer, settings, windows, units, work, tell, stored, encoded, pooling)
     with evaluating(model), each_expert(model):
         curves = run.curves()
         budget = run.budget(curves)
@@ -217,7 +194,11 @@ def compress(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "coverage": coverage(model, matrices),
         },
-        "calibration": {"name": calibration.name, "windows": windows.count, "tokens": sum(windows.tokens)},
+        "calibration": {
+            "name": calibration.name,
+            "windows" if pooling is None else "sentences": windows.count,
+            "tokens": sum(windows.tokens),
+        },
         "budget": {
             "unit": settings.unit,
             "allowed": budget,
@@ -261,12 +242,76 @@ def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: Compres
     return rearrange(model, found)
 
 
+def pooling_for(model: nn.Module, settings: CompressSettings, given: Pooling | None = None) -> Pooling | None:
+    """Find out whether a compression keeps a model's embeddings, and how they are made.
+
+    Args:
+        model: In evaluation mode. Not modified.
+        settings: Checked, since an encoder has no loss.
+        given: How, if it is known; by default the mean.
+
+    Returns:
+        None for a language model.
+
+    Raises:
+        ModelError: The model neither predicts nor embeds a text.
+        RecipeError: The settings ask for a loss of an encoder.
+    """
+    if not embeds(model):
+        return None
+    if settings.allocate == "signed":
+        raise RecipeError(
+            f"allocate = 'signed' goes by the loss of a text, and {type(model).__name__} has none. "
+            "An encoder's budget is divided by any other allocation. Change --allocate."
+        )
+    return given or Pooling()
+
+
+def read_calibration(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Task,
+    settings: CompressSettings,
+    pooling: Pooling | None,
+    *,
+    first: int = 0,
+    most: int | None = None,
+) -> Encoded:
+    """Read a text as a compression does: in windows, or for an encoder in sentences of as many tokens together.
+
+    Args:
+        model: Not modified.
+        tokenizer: Its tokenizer.
+        text: Of kind `text`.
+        settings: How much is read.
+        pooling: From `pooling_for`.
+        first: Windows, or tokens in the place of so many, that are skipped.
+        most: Windows or sentences at most; by default as the settings say.
+
+    Returns:
+        The windows or sentences, on the CPU.
+
+    Raises:
+        TaskError: The text is too short.
+    """
+    length, batch = settings.window or WINDOW, settings.batch_tokens
+    if pooling is None:
+        return read_windows(
+            text, tokenizer, length=length, count=most or settings.windows, first=first, batch_tokens=batch
+        )
+    tokens = (most or settings.windows) * length
+    return read_sentences(
+        text, model, tokenizer, tokens=tokens, length=length, first=first * length, most=most, batch_tokens=batch
+    )
+
+
 def forecast(
     model: nn.Module,
     tokenizer: Any,
     calibration: Task,
     settings: CompressSettings,
     *,
+    pooling: Pooling | None = None,
     stored: torch.dtype | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
@@ -277,6 +322,7 @@ def forecast(
         tokenizer: Its tokenizer.
         calibration: As for `compress`.
         settings: As for `compress`.
+        pooling: As for `compress`.
         stored: As for `compress`.
         progress: As for `compress`.
 
@@ -289,11 +335,10 @@ def forecast(
     """
     check_finite(model)
     units, blocked = find_units(model, find_matrices(model), settings)
-    length = settings.window or WINDOW
-    windows = read_windows(
-        calibration, tokenizer, length=length, count=settings.windows, batch_tokens=settings.batch_tokens
-    )
-    steps = Steps(model, tokenizer, settings, windows, units, Spill(None), progress or (lambda _: None), stored)
+    pooling = pooling_for(model, settings, pooling)
+    windows = read_calibration(model, tokenizer, calibration, settings, pooling)
+    tell = progress or (lambda _: None)
+    steps = Steps(model, tokenizer, settings, windows, units, Spill(None), tell, stored, pooling=pooling)
     clock = [time.perf_counter()]
     with evaluating(model), each_expert(model):
         curves = steps.curves()
@@ -305,7 +350,7 @@ def forecast(
         clock.append(time.perf_counter())
         points = steps.alone(curves, [choice])
         clock.append(time.perf_counter())
-        together = mean(np.array(steps.divergence_of(curves, choice, reference)), "nats/token")
+        together = mean(np.array(steps.divergence_of(curves, choice, reference)), steps.divergence_unit)
     reading, a_few, measuring = np.diff(clock)
     forward = a_few * windows.count / steps.few.count
     rows = []
@@ -317,7 +362,7 @@ def forecast(
                 "rank": int(curve.ranks[choice[unit.name]]),
                 "of": unit.full(),
                 "cost": float(curve.costs[choice[unit.name]]),
-                "divergence": None if values is None else mean(np.array(values), "nats/token"),
+                "divergence": None if values is None else mean(np.array(values), steps.divergence_unit),
             }
         )
     rows.sort(key=lambda row: -row["divergence"].value if row["divergence"] else 0.0)
@@ -340,115 +385,6 @@ def forecast(
     }
 
 
-def find_units(
-    model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings
-) -> tuple[list[Unit], dict[str, str]]:
-    """List what gets a rank of its own.
-
-    Args:
-        model: The model. Not modified.
-        matrices: From `find_matrices`.
-        settings: `types`.
-
-    Returns:
-        The units, and matrices that must stay dense with the reason.
-
-    Raises:
-        MatrixError: Nothing is left.
-    """
-    blocked: dict[str, str] = {}
-    whole: dict[Place, list[Matrix]] = {}
-    for matrix in partition(matrices):
-        whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
-    experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
-    units = []
-    for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter)
-        siblings = tuple(whole[matrix.parameter, matrix.expert])
-        if reason is not None:
-            blocked[matrix.name] = reason
-        elif matrix.expert is None:
-            units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
-        elif matrix is siblings[0]:
-            # One rank serves all rows of an expert, so they are cut as one matrix.
-            out = sum(part.shape[0] for part in siblings)
-            name = f"{matrix.parameter}[{matrix.expert}]"
-            joined = (
-                matrix if len(siblings) == 1 else replace(matrix, name=name, shape=(out, matrix.shape[1]), rows=None)
-            )
-            experts.setdefault(matrix.parameter, []).append((joined, siblings))
-    for name, each in experts.items():
-        first = each[0][0]
-        units.append(Unit(name, tuple(m for m, _ in each), first.layer, first.stack, tuple(parts for _, parts in each)))
-    if not units:
-        raise MatrixError(
-            f"Every matrix of these types must stay dense: {next(iter(blocked.values()), 'there is none')}. "
-            "Linear layers and stacks of experts can be factored. Change --types."
-        )
-    return units, blocked
-
-
-def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
-    """Count what a unit takes at every rank: numbers under a ratio, bytes under a budget of bytes.
-
-    Args:
-        unit: One matrix, or experts.
-        ranks: From 1 to the largest.
-        settings: `storage`, and which budget.
-        dtype: Of the weights.
-
-    Returns:
-        float64; at the largest rank the dense weight's.
-    """
-    out, into = unit.matrices[0].shape
-    count, full = len(unit.matrices), unit.full()
-    in_bytes = settings.unit == "bytes"
-    size = dtype.itemsize if in_bytes else 1
-    stacked = unit.matrices[0].expert is not None
-
-    def cost(rank: int) -> float:
-        if rank == full:
-            return size * out * into * count
-        if stacked:
-            return size * FactoredExperts.rounded(rank) * (out + into) * count
-        numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
-        order = 8 * out if settings.storage == "pivoted" else 0
-        return numbers if in_bytes else (numbers - order) / dtype.itemsize
-
-    return np.array([cost(int(rank)) for rank in ranks], dtype=np.float64)
-
-
-def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor) -> list[tuple[int, float]]:
-    """Time a linear layer for one token, at ranks from which others can be read off.
-
-    Args:
-        shape: (out, in).
-        settings: `storage`.
-        like: A tensor of the dtype and on the device that count.
-
-    Returns:
-        (rank, seconds), ascending; the last is the dense layer. Each is a median of 15 times many calls.
-    """
-    out, into = shape
-    full = min(shape)
-    ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
-    place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
-    layers.append(nn.Linear(into, out, False, **place))
-    token = torch.zeros(1, into, **place)
-    times: list[list[float]] = [[] for _ in layers]
-    with torch.inference_mode():
-        for _ in range(15):
-            for layer, taken in zip(layers, times):
-                started = time.perf_counter()
-                for _ in range(10):
-                    layer(token)
-                if like.device.type == "cuda":
-                    torch.cuda.synchronize()
-                taken.append((time.perf_counter() - started) / 10)
-    return [(rank, float(np.median(taken))) for rank, taken in zip([*ranks, full], times)]
-
-
 class Steps:
     """The steps of a compression. Several budgets can be tried with one reading of the text."""
 
@@ -463,6 +399,7 @@ class Steps:
         tell: Report,
         stored: torch.dtype | None = None,
         task: Encoded | None = None,
+        pooling: Pooling | None = None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.units, self.work, self.tell = units, work, tell
@@ -470,9 +407,13 @@ class Steps:
         self.device = next(model.parameters()).device
         self.windows = self._here(windows)
         self.task = task
-        self.few = self._here(_first(windows, settings.measured))
+        self.pooling = pooling
+        # Of sentences, as many as in so many windows.
+        few = settings.measured if pooling is None else -(-settings.measured * windows.count // settings.windows)
+        self.few = self._here(_first(windows, few))
         self.order = self._order()
-        self.roots: dict[str, int] = {}
+        self._hows: list[str] = []
+        self._kept: list[str] = []
 
     def _here(self, windows: Encoded) -> Encoded:
         blocks = tuple(block.mapped(lambda tensor: tensor.to(self.device)) for block in windows.blocks)
@@ -504,14 +445,22 @@ class Steps:
             moments: dict[str, Moments] = {}
             if self.settings.method != "svd":
                 gradients = self.settings.method in ("fwsvd", "double", "propagated")
-                moments = collect(self.model, self.windows, matrices, gradients=gradients, seed=self.settings.seed)
+                moments = collect(
+                    self.model,
+                    self.windows,
+                    matrices,
+                    gradients=gradients,
+                    pooling=self.pooling,
+                    seed=self.settings.seed,
+                )
                 if self.task is not None:
                     of_task = collect(self.model, self.task, matrices, gradients=gradients, drawn=False)
                     share = self.settings.task_weight
                     moments = {name: mixed(moments[name], of_task[name], share) for name in moments}
             for unit in group:
                 self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
-                self.work.keep(unit.name, self._decompose(unit, moments))
+                self._keep(unit.name, self._decompose(unit, moments))
+        self._kept = [unit.name for unit in self.units]
         return [self._curve(unit) for unit in self.units]
 
     def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
@@ -544,8 +493,19 @@ class Steps:
         return left, self._noted(square_root(moments.inputs, shrinkage=settings.input_shrinkage))
 
     def _noted(self, root: Root) -> Root:
-        self.roots[root.how] = self.roots.get(root.how, 0) + 1
+        self._hows.append(root.how)
         return root
+
+    def _keep(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep what is finished, and before it how its roots were found."""
+        self.work.note(f"roots of {key}", self._hows)
+        self._hows = []
+        self.work.keep(key, tensors)
+
+    @property
+    def roots(self) -> dict[str, int]:
+        """How the roots were found, those of a life before this one included -> how often."""
+        return dict(Counter(how for key in self._kept for how in self.work.numbers(f"roots of {key}") or ()))
 
     def _curve(self, unit: Unit) -> Curve:
         tails = np.zeros(unit.full() + 1)
@@ -607,7 +567,7 @@ class Steps:
             if values is None:
                 values = self.divergence_of(curves, choice, reference)
                 self.work.note(key, values)
-            found[name] = mean(np.array(values), "nats/token")
+            found[name] = mean(np.array(values), self.divergence_unit)
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
 
@@ -663,8 +623,15 @@ class Steps:
                 found[unit.name] = total
         return found
 
+    @property
+    def divergence_unit(self) -> str:
+        """What divergence is measured in."""
+        return "nats/token" if self.pooling is None else UNIT
+
     def reference(self) -> list[Tensor]:
-        """The original model's predictions on the few windows on which divergence is measured."""
+        """The original model's predictions (embeddings) of the few windows on which divergence is measured."""
+        if self.pooling is not None:
+            return [embed(self.model, self.few, index, self.pooling) for index in range(len(self.few.blocks))]
         return [log_probabilities(self.model, self.few, index) for index in range(len(self.few.blocks))]
 
     def divergence_of(self, curves: Sequence[Curve], choice: Choice, reference: Sequence[Tensor]) -> list[float]:
@@ -678,8 +645,11 @@ class Steps:
     def _divergence(self, reference: Sequence[Tensor], forward: Callable[[int], Any] | None = None) -> list[float]:
         found: list[float] = []
         for index, expected in enumerate(reference):
-            scores = score_block(self.model, self.tokenizer, self.few, index, reference=expected, forward=forward)
-            found += scores.loss
+            if self.pooling is not None:
+                found += divergence(embed(self.model, self.few, index, self.pooling, forward), expected)
+            else:
+                scores = score_block(self.model, self.tokenizer, self.few, index, reference=expected, forward=forward)
+                found += scores.loss
         return [value if np.isfinite(value) else 1e30 for value in found]
 
     def _cut(self, unit: Unit, rank: int) -> None:
@@ -727,7 +697,7 @@ class Steps:
     def factors(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
         found = self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks)
-        return _of_parts(self.units, found)
+        return of_parts(self.units, found)
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         found: dict[str, Spectrum] = {}
@@ -761,7 +731,8 @@ class Steps:
                             )
                             write(self.model, matrix, up @ down)
                             kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
-                    self.work.keep(key, kept)
+                    self._keep(key, kept)
+                self._kept.append(key)
                 for matrix in mine:
                     up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
                     write(self.model, matrix, up @ down)
@@ -793,134 +764,6 @@ class Steps:
             wanted += settings.compensation * (1 - share) * (inputs.drift - own)
         # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
         return decompose_weighted(right.solve_after(wanted), left, right)
-
-
-class Spill:
-    """What is finished: tensors and lists of numbers by name, in a folder or in memory."""
-
-    def __init__(self, folder: Path | None):
-        """Open a folder, which is made where it is missing."""
-        self.folder = folder
-        self.about: dict[str, Any] = {}
-        self._tensors: dict[str, dict[str, Tensor]] = {}
-        self._numbers: dict[str, Any] = {}
-
-    def check(self, about: dict[str, Any]) -> None:
-        """Refuse a folder that holds the work of another compression, and take up what this one finished.
-
-        Raises:
-            OutputError: It was begun with other weights, text, settings or code.
-        """
-        self.about = about
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "about.json"
-        if path.exists():
-            before = read_json(path)
-            differing = [name for name in about if before.get(name) != about[name]]
-            if differing:
-                raise OutputError(
-                    f"{self.folder} holds an unfinished compression with other {', '.join(differing)}. "
-                    "Work goes on only where nothing changed. Choose another --out, or remove the folder."
-                )
-        else:
-            write_text(path, to_json(about))
-        numbers = self.folder / "numbers.json"
-        self._numbers = read_json(numbers) if numbers.exists() else {}
-
-    def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """Give tensors that were kept, mapped from their file; None where there are none."""
-        if self.folder is None:
-            return self._tensors.get(name)
-        path = self._path(name)
-        return load_file(path) if path.exists() else None
-
-    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors; the file appears whole."""
-        if self.folder is None:
-            self._tensors[name] = tensors
-            return
-        path = self._path(name)
-        part = path.with_suffix(".part")
-        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
-        os.replace(part, path)
-
-    def numbers(self, name: str) -> Any:
-        """Give numbers that were kept, or None."""
-        return self._numbers.get(name)
-
-    def note(self, name: str, numbers: Any) -> None:
-        """Keep numbers."""
-        self._numbers[name] = numbers
-        if self.folder is not None:
-            write_text(self.folder / "numbers.json", json.dumps(self._numbers))
-
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
-
-
-@contextmanager
-def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
-    """Give a model its weights back on leaving, to the bit.
-
-    Args:
-        model: Its matrices may be written inside the `with` block.
-        matrices: Those that may be.
-
-    Yields:
-        Nothing.
-    """
-    originals = [(matrix, read(model, matrix)) for matrix in matrices]
-    try:
-        yield
-    finally:
-        for matrix, weight in originals:
-            write(model, matrix, weight)
-
-
-def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: CompressSettings) -> tuple[Edit, ...]:
-    """Describe the cuts of a compression.
-
-    Args:
-        units: All of them.
-        ranks: For each; the largest means that it stays dense.
-        settings: The method is the weighting.
-
-    Returns:
-        An edit for every matrix that is cut.
-    """
-    return tuple(
-        Edit(
-            matrix=part.name,
-            layer=part.layer,
-            type=part.type,
-            shape=part.shape,
-            rho=min(ranks[unit.name], part.rank) / part.rank,
-            rank=min(ranks[unit.name], part.rank),
-            weighting="none" if settings.method == "svd" else settings.method,
-            stack=part.stack,
-        )
-        for unit in units
-        for parts in unit.parts
-        for part in parts
-        if ranks[unit.name] < unit.full()
-    )
-
-
-def _of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
-    """Divide the factors of joined experts among their parts, which go on sharing `Vh`."""
-    found = {}
-    for unit in units:
-        for matrix, parts in zip(unit.matrices, unit.parts):
-            if matrix.name in factors and parts == (matrix,):
-                found[matrix.name] = factors[matrix.name]
-            elif matrix.name in factors:
-                spectrum = factors[matrix.name]
-                for part in parts:
-                    found[part.name] = replace(spectrum, U=spectrum.U[rows_of(part).to(spectrum.U.device)])
-    return found
 
 
 def _narrow(spectrum: Spectrum) -> Spectrum:

@@ -326,14 +326,14 @@ def mixed(one: Moments, other: Moments, share: float) -> Moments:
 
 
 def _loss_of_answers(logits: Tensor, encoded: Encoded, block: Block) -> Tensor:
-    """Sum the loss of the right answers, wrong ones left out."""
+    """Sum the loss of the right answers, wrong ones left out where they are there."""
     logits = logits.float()
     tokens = logits.logsumexp(-1)[block.position] - logits[block.position, block.target]
     right = torch.zeros(sum(block.choices), device=logits.device)
     start = 0
     for index, choices in zip(block.examples, block.choices):
-        example = None if encoded.task.kind == "text" else encoded.task.examples[index]
-        right[start + (example.answer if example is not None and isinstance(example.answer, int) else 0)] = 1
+        answer = 0 if choices == 1 else encoded.task.examples[index].answer
+        right[start + (answer if isinstance(answer, int) else 0)] = 1
         start += choices
     return (tokens * right[block.sequence]).sum()
 

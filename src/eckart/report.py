@@ -259,6 +259,8 @@ def _compress_page(results: Json) -> Json:
         ),
         "rows": rows,
         "allocations": results["allocations"],
+        "unit": results["allocations"][0]["divergence"]["unit"],
+        "read": "windows" if "windows" in results["calibration"] else "sentences",
         "types": types,
         "layers": [(layer, [found.get(kind, DASH) for kind in types]) for layer, found in layers.items()],
         "roots": ", ".join(f"{how} ({count})" for how, count in sorted(results["roots"].items())),

@@ -124,7 +124,8 @@ def _print_forecast(found: dict[str, Any]) -> None:
     if len(found["matrices"]) > LISTED:
         output.print(f"{len(found['matrices']) - LISTED} more cause less; --json lists all.")
     output.print(
-        f"All together diverge by {number(found['divergence_together'])} nats/token; the single ones add up to "
+        f"All together diverge by {number(found['divergence_together'])} {found['divergence_together'].unit}; "
+        "the single ones add up to "
         f"{found['sum_of_single_divergences']:.4g}.\n"
         f"Forecast: {found['seconds']:.0f} s and at most about {found['bytes'] / 2**20:,.0f} MiB."
     )

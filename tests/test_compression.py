@@ -22,7 +22,7 @@ from eckart.tasks import Example, make_task
 from eckart.units import find_units, restored, seconds_of
 from nursery import Nursery
 
-METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
+METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
 
 
 def text(words=300):
@@ -91,7 +91,7 @@ def test_statistics_that_are_singular_are_no_reason_to_fail(method, trouble):
     found = compress(model, tiny.tokenizer(), task, settings(method=method, **given))
     factor_(model, found.plan, factors=found.factors, storage="pivoted")
     assert bool(torch.isfinite(logits(model)).all())
-    if trouble == "unused expert" and method not in ("svd", "asvd"):
+    if trouble == "unused expert" and method not in ("svd", "asvd", "monarch"):
         assert found.facts["roots"]["identity"] > 0
 
 
@@ -196,6 +196,19 @@ def test_a_task_takes_a_share_in_the_metrics():
     key = "model.layers.2.mlp.down_proj"
     torch.testing.assert_close(found[0.0].factors[key].S, plain.factors[key].S)
     assert not torch.allclose(found[1.0].factors[key].S, plain.factors[key].S, rtol=1e-2)
+
+
+def test_of_a_task_with_choices_only_the_right_answers_are_read():
+    model = tiny.build("llama")
+    pairs = [(f"w{seed + 9}", f"w{seed + 30} w8") for seed in range(12)]
+    choices = [Example(tiny.sentence(6, seed), seed % 2, pair) for seed, pair in enumerate(pairs)]
+    right = [Example(tiny.sentence(6, seed), pair[seed % 2]) for seed, pair in enumerate(pairs)]
+    found = [
+        compress(model, tiny.tokenizer(), text(), settings(types=("fc_out",)), task=make_task("task", examples))
+        for examples in (choices, right)
+    ]
+    for name, spectrum in found[0].factors.items():
+        torch.testing.assert_close(spectrum.S, found[1].factors[name].S)
 
 
 def test_a_forecast_names_the_worst_matrices_and_changes_nothing():

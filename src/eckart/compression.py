@@ -26,8 +26,9 @@ from eckart.allocate import Choice, Curve
 from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
-from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
+from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
+from eckart.factoring import Factors
 from eckart.matrices import (
     Matrix,
     coverage,
@@ -37,18 +38,20 @@ from eckart.matrices import (
     read,
     write,
 )
+from eckart.monarch import Monarch
 from eckart.noise import rank_by
-from eckart.plan import MadeBy, Plan, PlannedModel
+from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
 from eckart.recipe import CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.spill import Spill
+from eckart.structures import errors_of, make, prepare
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
-from eckart.units import Unit, costs_of, described, edits_of, find_units, mlp_cost, of_parts, restored, seconds_of
+from eckart.units import Unit, costs_of, described, edits_of, find_units, mlp_cost, of_parts, restored, seconds_of, told
 from eckart.weighting import (
     Root,
     WeightedSpectrum,
@@ -85,7 +88,7 @@ class Compression:
     """What `compress` made: a plan and the factors that go with it."""
 
     plan: Plan
-    factors: dict[str, Spectrum]
+    factors: dict[str, Factors]
     """By the matrix's name; `eckart.factor_(model, plan, factors=…)` puts them into the model."""
     divergence: dict[str, Measurement]
     """From the original model, on calibration windows, of every allocation that was tried."""
@@ -215,7 +218,7 @@ def compress(
 
 
 def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: CompressSettings) -> Encoded:
-    """Encode a task with a row for every answer, on the model's device.
+    """Encode the right answers of a task, each in a row of its own, on the model's device.
 
     Args:
         model: Not modified.
@@ -228,7 +231,7 @@ def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: Compres
     """
     kind = model_kind(model, tokenizer)
     found = encode(task, tokenizer, kind, context=context_length(model, tokenizer), **settings.encoding)
-    return rearrange(model, found)
+    return rearrange(model, right_answers(found, found.count))
 
 
 def pooling_for(model: nn.Module, settings: CompressSettings, given: Pooling | None = None) -> Pooling | None:
@@ -343,13 +346,12 @@ def forecast(
     reading, a_few, measuring = np.diff(clock)
     forward = a_few * windows.count / steps.few.count
     rows = []
-    for unit, curve in zip(units, curves):
+    for unit, curve in zip(steps.units, curves):
         values = dict(points[unit.name]).get(choice[unit.name])
         rows.append(
             {
                 "matrix": unit.name,
-                "rank": int(curve.ranks[choice[unit.name]]),
-                "of": unit.full(),
+                **told(unit, int(curve.ranks[choice[unit.name]])),
                 "cost": float(curve.costs[choice[unit.name]]),
                 "divergence": None if values is None else mean(np.array(values), steps.divergence_unit),
             }
@@ -433,7 +435,7 @@ class Steps:
             matrices = [matrix for unit in group for matrix in unit.matrices]
             moments: dict[str, Moments] = {}
             if self.settings.method != "svd":
-                gradients = self.settings.method in ("fwsvd", "double", "propagated")
+                gradients = self.settings.method in ("fwsvd", "double", "propagated", *STRUCTURES)
                 moments = collect(
                     self.model,
                     self.windows,
@@ -457,6 +459,9 @@ class Steps:
             weights = [read(self.model, matrix) for matrix in unit.matrices]
             metrics = [self._moments(moments[matrix.name]) for matrix in unit.matrices]
             return neurons.prepare(weights, [left for left, _ in metrics], metrics[0][1], metrics[-1][1])
+        if self.settings.method in STRUCTURES:
+            (matrix,) = unit.matrices
+            return prepare(read(self.model, matrix), moments[matrix.name], self.settings)
         kept: dict[str, Tensor] = {}
         for number, matrix in enumerate(unit.matrices):
             left, right = self._metric(moments.get(matrix.name))
@@ -514,10 +519,7 @@ class Steps:
             cuts, curve = neurons.cuts(kept, shapes, cost, self.settings.multiple)
             self.units[self.units.index(unit)] = replace(unit, cuts=tuple(cuts))
             return replace(curve, name=unit.name, group=unit.matrices[0].type)
-        tails = np.zeros(unit.full() + 1)
-        for spectrum in self.spectra(unit):
-            squares = spectrum.S.cpu().numpy() ** 2
-            tails[:-1] += squares[::-1].cumsum()[::-1]
+        tails = self._errors(unit)
         full, multiple = unit.full(), self.settings.multiple
         ranks = np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
         costs = (
@@ -525,12 +527,39 @@ class Steps:
             if self.settings.unit == "seconds"
             else costs_of(unit, ranks, self.settings, self.dtype)
         )
-        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense.
-        allowed = (costs < costs[-1]) | (ranks == full)
+        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense. Nor is one at
+        # which a structure loses more than at a lower one.
+        least = np.minimum.accumulate(np.append(np.inf, tails[ranks]))[:-1]
+        allowed = (costs < costs[-1]) & (tails[ranks] < least) | (ranks == full)
         ranks, costs = ranks[allowed], costs[allowed]
         # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
         last = np.append(np.diff(costs) > 0, True)
         return Curve(unit.name, ranks[last], costs[last], tails[ranks[last]], unit.matrices[0].type)
+
+    def _errors(self, unit: Unit) -> NDArray[np.float64]:
+        """The squared error in the metric at every rank from 0."""
+        tails = np.zeros(unit.full() + 1)
+        if self.settings.method in STRUCTURES:
+            found = self.work.tensors(unit.name)
+            assert found is not None
+            tails[:-1] = errors_of(found)[:-1]
+            return tails
+        for spectrum in self.spectra(unit):
+            squares = spectrum.S.cpu().numpy() ** 2
+            tails[:-1] += squares[::-1].cumsum()[::-1]
+        return tails
+
+    def _structure(self, unit: Unit, rank: int) -> Monarch:
+        """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
+        key = f"{unit.name} at {rank}"
+        kept = self.work.tensors(key)
+        if kept is None:
+            prepared = self.work.tensors(unit.name)
+            assert prepared is not None
+            found = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
+            kept = vars(found)
+            self.work.keep(key, kept)
+        return Monarch(**kept)
 
     def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a unit takes for one token at every rank; experts as if each took its turn."""
@@ -659,6 +688,11 @@ class Steps:
         return [value if np.isfinite(value) else 1e30 for value in found]
 
     def _cut(self, unit: Unit, rank: int) -> None:
+        if rank == unit.full():
+            return
+        if self.settings.method in STRUCTURES:
+            write(self.model, unit.matrices[0], self._structure(unit, rank).dense())
+            return
         for matrix, found in self._plain(unit, rank).items():
             write(self.model, matrix, found.dense())
 
@@ -697,10 +731,13 @@ class Steps:
 
     # Step 3: cut.
 
-    def factors(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
+    def factors(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
         """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
+        if self.settings.method in STRUCTURES:
+            cut = [unit for unit in self.units if ranks[unit.name] < unit.full()]
+            return {unit.name: self._structure(unit, ranks[unit.name]) for unit in cut}
         found = self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks)
-        return of_parts(self.units, found)
+        return {**of_parts(self.units, found)}
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         plain = [self._plain(unit, ranks[unit.name]) for unit in self.units]

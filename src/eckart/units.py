@@ -21,8 +21,9 @@ from eckart.experts import FactoredExperts
 from eckart.factoring import obstacle
 from eckart.linear import STORAGES, bytes_stored
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
+from eckart.monarch import MonarchLinear, grids
 from eckart.neurons import Cut
-from eckart.plan import Edit
+from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
 from eckart.truncation import Spectrum
 
@@ -85,7 +86,7 @@ def find_units(
     experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
     units = []
     for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter)
+        reason = obstacle(model, matrix.parameter) or _unsuited(matrix, settings)
         siblings = tuple(whole[matrix.parameter, matrix.expert])
         if reason is not None:
             blocked[matrix.name] = reason
@@ -193,6 +194,15 @@ def mlp_cost(
     return cost
 
 
+def _unsuited(matrix: Matrix, settings: CompressSettings) -> str | None:
+    """Say why a matrix cannot have the structure that is asked for."""
+    if settings.method in STRUCTURES and matrix.expert is not None:
+        return f"experts have no {settings.method} layer"
+    if settings.method == "monarch" and not grids(matrix.shape):
+        return f"no grid divides {matrix.shape[0]} x {matrix.shape[1]} into equal blocks"
+    return None
+
+
 def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
     """Count what a unit takes at every rank: numbers under a ratio, bytes under a budget of bytes.
 
@@ -216,6 +226,8 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
             return size * out * into * count
         if stacked:
             return size * FactoredExperts.rounded(rank) * (out + into) * count
+        if settings.method == "monarch":
+            return size * rank * (out + into)
         numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
         order = 8 * out if settings.storage == "pivoted" else 0
         return numbers if in_bytes else (numbers - order) / dtype.itemsize
@@ -238,7 +250,13 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
     full = min(shape)
     ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
     place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
+    layers: list[nn.Module]
+    if settings.method == "monarch":
+        grid = grids(shape)[0]
+        ranks = [rank for rank in ranks if rank % grid == 0] or [grid]
+        layers = [MonarchLinear(into, out, grid, rank // grid, False, **place) for rank in ranks]
+    else:
+        layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]
@@ -273,7 +291,8 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             shape=part.shape,
             rho=min(rank, part.rank) / part.rank,
             rank=min(rank, part.rank),
-            weighting="none" if settings.method == "svd" else settings.method,
+            kind=settings.method if settings.method in STRUCTURES else "low_rank",
+            weighting={"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method),
             stack=part.stack,
         )
         for unit in units
@@ -317,6 +336,16 @@ def described(unit: Unit, rank: int, curve: Curve) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def told(unit: Unit, rank: int) -> dict[str, Any]:
+    """Say how far a unit is cut: its `rank` and the largest; of an MLP its neurons, and the `ranks` of its matrices."""
+    if not unit.mlp:
+        return {"rank": rank, "of": unit.full()}
+    whole = unit.matrices[-1].shape[1]
+    ranks = [matrix.rank if r is None else r for matrix, r in zip(unit.matrices, unit.ranks(rank))]
+    width = unit.cuts[rank - 1].width if rank < unit.full() else whole
+    return {"rank": width, "of": whole, "ranks": ranks}
 
 
 def of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:

@@ -260,3 +260,13 @@ def test_an_unfinished_mlp_that_stays_dense_is_not_touched():
         assert int(found[unit.name].ranks[-1]) == unit.full()
         assert unit.ranks(unit.full()) == (None,) * len(unit.matrices)
     assert steps.factors({unit.name: unit.full() for unit in steps.units}) == {}
+
+
+def test_a_forecast_has_one_row_for_an_mlp():
+    from eckart.compression import forecast
+
+    found = forecast(tiny.build("llama"), tiny.tokenizer(), text(), settings(allocate="uniform"))
+    mlps = {row["matrix"]: row for row in found["matrices"] if "ranks" in row}
+    assert sorted(mlps) == [f"model.layers.{layer} (MLP)" for layer in range(3)]
+    assert len(found["matrices"]) == 12 + 3
+    assert all(1 <= row["rank"] <= row["of"] == 48 and len(row["ranks"]) == 3 for row in mlps.values())

@@ -94,7 +94,7 @@ def find_units(
             continue
         elif any(matrix is mlp[0] for mlp in mlps):
             parts = next(mlp for mlp in mlps if matrix is mlp[0])
-            name = f"neurons of {matrix.name}"
+            name = f"{matrix.stack}.{matrix.layer} (MLP)"
             units.append(Unit(name, parts, matrix.layer, matrix.stack, tuple((m,) for m in parts), mlp=True))
         elif matrix.expert is None:
             units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))

@@ -13,6 +13,7 @@ from eckart.encoding import BATCH_TOKENS
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
 from eckart.noise import FITS, RANK_RULES
+from eckart.plan import STRUCTURES
 from eckart.truncation import rank_of
 
 GUIDED_EXAMPLES = 100
@@ -20,7 +21,7 @@ AGREEMENT_POSITIONS = 32
 """Tokens of a window at which predictions are compared."""
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
-Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
+Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
 Allocate = Literal[
     "auto",
     "uniform",
@@ -248,7 +249,9 @@ class CompressSettings(Settings):
     latency: float | None = Field(
         default=None, gt=0, lt=1, description="kept fraction of the seconds that the matrices take for one token"
     )
-    method: Method = Field(default="propagated", description="metric in which every matrix is cut")
+    method: Method = Field(
+        default="propagated", description="metric in which every matrix is cut, or another structure"
+    )
     allocate: Allocate = Field(default="auto", description="how the budget is divided among matrices")
     storage: Literal["pivoted", "factored"] = Field(default="pivoted", description="how a cut matrix is stored")
     windows: int = Field(default=64, ge=1, description="windows of the calibration text that are read")
@@ -276,6 +279,14 @@ class CompressSettings(Settings):
             raise ValueError("give one of ratio, bytes and latency")
         return self
 
+    @model_validator(mode="after")
+    def _components_exist(self) -> CompressSettings:
+        if self.method in STRUCTURES and self.allocate == "signed":
+            raise ValueError(
+                f"allocation 'signed' scores singular components, which method '{self.method}' has none of"
+            )
+        return self
+
     @property
     def unit(self) -> Literal["numbers", "bytes", "seconds"]:
         """What the budget is in."""
@@ -293,7 +304,10 @@ class RecoverSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["factors", "lora"] = Field(default="factors", description="train both factors, or LoRA on each")
+    method: Literal["factors", "lora", "repair"] = Field(
+        default="factors",
+        description="train both factors, or LoRA on each; or round a dense model and correct it in closed form",
+    )
     loss: Literal["lm", "kl", "both"] = Field(
         default="both", description="the next token, divergence from the teacher, or their sum"
     )
@@ -303,7 +317,9 @@ class RecoverSettings(BaseModel):
         description="start from the model as it is, or with its last components replaced by the best correction of "
         "the others towards the teacher's weights, in the metric of weights or of outputs",
     )
-    rank: int = Field(default=8, ge=1, description="components that 'init' replaces, and rank of 'lora'")
+    rank: int = Field(default=8, ge=1, description="components that 'init' replaces, and rank of 'lora' and 'repair'")
+    bits: Literal[8, 4, 2] = Field(default=4, description="of the weights that 'repair' rounds")
+    rounds: int = Field(default=4, ge=1, description="roundings and corrections in turn, of 'repair'")
     adapter: bool = Field(default=False, description="leave LoRA beside the model as a PEFT adapter, not merged")
     refine: int = Field(default=0, ge=0, description="passes in which each block first learns the dense block's output")
     refine_lr: float = Field(default=1e-3, gt=0, description="learning rate of 'refine'")

@@ -299,9 +299,9 @@ def read_calibration(
     """
     length, batch = settings.window or WINDOW, settings.batch_tokens
     if pooling is None:
-        return read_windows(
-            text, tokenizer, length=length, count=most or settings.windows, first=first, batch_tokens=batch
-        )
+        masked = model_kind(model, tokenizer) == "masked"
+        count = most or settings.windows
+        return read_windows(text, tokenizer, length=length, count=count, first=first, batch_tokens=batch, masked=masked)
     tokens = (most or settings.windows) * length
     return read_sentences(
         text, model, tokenizer, tokens=tokens, length=length, first=first * length, most=most, batch_tokens=batch

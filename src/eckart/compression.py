@@ -412,23 +412,14 @@ class Steps:
         return root
 
     def _curve(self, unit: Unit) -> Curve:
-        tails = np.zeros(unit.full() + 1)
-        for spectrum in self.spectra(unit):
-            squares = spectrum.S.cpu().numpy() ** 2
-            tails[:-1] += squares[::-1].cumsum()[::-1]
-        full, multiple = unit.full(), self.settings.multiple
-        ranks = np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
+        tails = allocate.tails_of([spectrum.S.cpu().numpy() for spectrum in self.spectra(unit)], unit.full())
+        ranks = allocate.allowed_ranks(unit.full(), self.settings.multiple)
         costs = (
             self._seconds(unit, ranks)
             if self.settings.unit == "seconds"
             else costs_of(unit, ranks, self.settings, self.dtype)
         )
-        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense.
-        allowed = (costs < costs[-1]) | (ranks == full)
-        ranks, costs = ranks[allowed], costs[allowed]
-        # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
-        last = np.append(np.diff(costs) > 0, True)
-        return Curve(unit.name, ranks[last], costs[last], tails[ranks[last]], unit.matrices[0].type)
+        return allocate.make_curve(unit.name, ranks, costs, tails, unit.matrices[0].type)
 
     def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a unit takes for one token at every rank; experts as if each took its turn."""
@@ -478,19 +469,14 @@ class Steps:
     def allocation(self, name: str, curves: Sequence[Curve], budget: float) -> Choice:
         """Divide the budget in the way of this name."""
         floor = self.settings.floor
-        if name == "uniform":
-            return allocate.uniform(curves, budget)
-        if name == "tail":
-            return allocate.water_fill(curves, budget, floor=floor)
+        if name in ("uniform", "tail"):
+            return allocate.divided(name, curves, budget, floor=floor)
         if name == "groups":
             return allocate.within_groups(curves, budget)
         if name == "measured":
-            points = self.alone(curves, [allocate.uniform(curves, share * budget) for share in MEASURED_AT])
-            scaled = [
-                allocate.calibrated(curve, [(index, float(np.mean(values))) for index, values in points[curve.name]])
-                for curve in curves
-            ]
-            return allocate.water_fill(scaled, budget, floor=floor)
+            found = self.alone(curves, [allocate.uniform(curves, share * budget) for share in MEASURED_AT])
+            points = {key: [(index, float(np.mean(each))) for index, each in pairs] for key, pairs in found.items()}
+            return allocate.divided(name, curves, budget, floor=floor, points=points)
         if name == "sensitivity":
             dense = sum(float(curve.costs[-1]) for curve in curves)
             choices = [allocate.uniform(curves, share * dense) for share in SENSITIVITY_SHARES]
@@ -598,7 +584,7 @@ class Steps:
         for unit in self.units:
             if ranks[unit.name] < unit.full():
                 for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-                    found[matrix.name] = _narrow(as_spectrum(*spectrum.factors(ranks[unit.name])))
+                    found[matrix.name] = spectrum.cut(ranks[unit.name])
         return found
 
     def _propagated(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
@@ -634,7 +620,7 @@ class Steps:
         for unit in self.units:  # outside the blocks
             if ranks[unit.name] < unit.full() and unit.matrices[0].name not in found:
                 for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-                    found[matrix.name] = _narrow(as_spectrum(*spectrum.factors(ranks[unit.name])))
+                    found[matrix.name] = spectrum.cut(ranks[unit.name])
         return found
 
     def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs) -> WeightedSpectrum:

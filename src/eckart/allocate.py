@@ -38,6 +38,10 @@ class Curve:
         """Give the largest choice that costs at most so much; 0 if none does."""
         return max(0, int(np.searchsorted(self.costs, cost * (1 + 1e-12), side="right")) - 1)
 
+    def at(self, rank: int) -> int:
+        """Give the largest choice whose rank is at most so much; 0 if none's is."""
+        return max(0, int(np.searchsorted(self.ranks, rank, side="right")) - 1)
+
 
 def tails_of(values: Sequence[Floats], full: int) -> Floats:
     """Add up what a cut to each rank leaves out.

@@ -224,6 +224,7 @@ def compress(
             for unit in units
         ],
         "stayed_dense": blocked,
+        "ratios": ratios_of(settings.ratio or 1.0, curves) if settings.elastic else [],
         "roots": run.roots,
         "seconds": {"compress": time.perf_counter() - started},
     }
@@ -484,7 +485,7 @@ class Steps:
         names = AUTO if self.settings.allocate == "auto" else ("uniform", self.settings.allocate)
         plain, points = describe(self.model, self.units, self.settings), {}
         dense = sum(float(curve.costs[-1]) for curve in curves)
-        ratios = ratios_of(plain.ratio, sum(float(curve.costs[0]) for curve in curves) / dense)
+        ratios = ratios_of(plain.ratio, curves)
         if "measured" in names:
             found = self.alone(curves, [allocate.uniform(curves, ratio * dense) for ratio in ratios])
             points = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.calibration import read_windows
-from eckart.checkpoint import check_empty, load, load_model, save, stored_dtype, temporary_folder
+from eckart.checkpoint import check_empty, load, load_model, save, shards_of, stored_dtype, temporary_folder
 from eckart.compression import WINDOW, compress, forecast
 from eckart.errors import TaskError
 from eckart.factoring import factor_
@@ -90,14 +90,23 @@ def run_compress(
         small = load_model(source, device=device, dtype="stored")
         with temporary_folder(folder) as spill:
             mapped = spill if small.device.type == "cpu" else None
-            factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
+            if found.elastic is not None:
+                found.elastic(small, spill=mapped)
+            else:
+                factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
             save(small, folder, tokenizer, found.plan)
-    small = load_model(str(folder), device=device, dtype=dtype)
-    after = _quality(small, tokenizer, text, measured, settings)
-    size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored"))
+    # An elastic folder is measured at several sizes, the largest first.
+    served = []
+    for ratio in found.facts["ratios"] if settings.elastic else [None]:
+        small = load_model(str(folder), device=device, dtype=dtype, ratio=ratio)
+        after = _quality(small, tokenizer, text, measured, settings)
+        size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored", ratio=ratio))
+        served.append({"ratio": ratio, "size": size, "quality": after})
+    after = served[0]["quality"]
     results = found.to_results() | {
-        "size": {"before": dense, "after": size},
+        "size": {"before": dense, "after": served[0]["size"]},
         "quality": [{"name": name, "before": rows, "after": after[name]} for name, rows in before.items()],
+        "elastic": {"bytes": _bytes_of(folder), "served": served} if settings.elastic else None,
         "seconds": {"compress": compressed - started, "total": time.perf_counter() - started},
         "environment": environment(),
     }
@@ -149,6 +158,10 @@ def compression_begun(out: Path) -> bool:
         Whether it does.
     """
     return (out / WORK).is_dir() and not (out / "results.json").exists()
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in shards_of(str(folder)))
 
 
 def _quality(

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eckart.allocate import Curve
 from eckart.clustering import runs_of
 from eckart.elastic import ElasticConfig, ElasticPart, ElasticQuantizer, ElasticWeight, curves_of, ranks_at
-from eckart.errors import RankError
 from eckart.factoring import mapped
 from eckart.matrices import rows_of
 from eckart.quantizer import replace_
@@ -27,21 +27,22 @@ BUDGETS = 24
 """Ratios that are tried to see how many components of each matrix can be asked for."""
 
 
-def ratios_of(largest: float, least: float = 0.0) -> list[float]:
+def ratios_of(largest: float, curves: Sequence[Curve]) -> list[float]:
     """List the ratios that stand for all that an elastic folder serves.
 
     Args:
         largest: Ratio.
-        least: Ratio that rank 1 everywhere takes.
+        curves: What every unit costs.
 
     Returns:
-        The largest and those multiples of `STEP` below it that are above the least, descending.
-
-    >>> ratios_of(0.9)
-    [0.9, 0.8, 0.6, 0.4, 0.2]
+        The largest and those multiples of `STEP` below it that rank 1 everywhere does not exceed, descending.
     """
     multiples = [round(STEP * step, 6) for step in range(int(1 / STEP), 0, -1)]
-    return [largest, *(ratio for ratio in multiples if least < ratio < largest - 1e-9)]
+    return [largest, *(ratio for ratio in multiples if _least(curves) < ratio < largest - 1e-9)]
+
+
+def _least(curves: Sequence[Curve]) -> float:
+    return sum(float(curve.costs[0]) for curve in curves) / sum(float(curve.costs[-1]) for curve in curves)
 
 
 def describe(model: nn.Module, units: Sequence[Unit], settings: CompressSettings) -> ElasticConfig:
@@ -112,24 +113,14 @@ def trimmed(config: ElasticConfig, scales: Sequence[Tensor], dtype: torch.dtype)
 
     Returns:
         The smaller one, which gives the same ranks at the ratios that were tried.
-
-    Raises:
-        RankError: Not even the largest ratio can be met.
     """
     curves = curves_of(config, scales, dtype=dtype)
-    least = sum(curve.costs[0] for curve in curves) / sum(curve.costs[-1] for curve in curves)
-    if least > config.ratio:
-        raise RankError(
-            f"ratio {config.ratio:g} is too small. Rank 1 everywhere takes {least:.3g} of the numbers. Raise --ratio."
-        )
-    budgets = {float(ratio) for ratio in np.linspace(least + 1e-9, config.ratio, BUDGETS)} | set(
-        ratios_of(config.ratio, least)
-    )
+    tried = {*np.linspace(_least(curves) + 1e-9, config.ratio, BUDGETS).tolist(), *ratios_of(config.ratio, curves)}
     most = [0] * len(scales)
     dense = [False] * len(scales)
     fulls = [weight.full(part) for _, _, weight, part in config.units()]
-    for ratio in budgets:
-        for unit, rank in enumerate(ranks_at(config, scales, dtype=dtype, ratio=min(ratio, config.ratio))):
+    for ratio in tried:
+        for unit, rank in enumerate(ranks_at(config, scales, dtype=dtype, ratio=ratio)):
             dense[unit] |= rank == fulls[unit]
             most[unit] = max(most[unit], rank if rank < fulls[unit] else 0)
 

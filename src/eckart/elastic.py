@@ -286,8 +286,11 @@ def ranks_at(
     found = []
     for curve, (_, _, weight, part) in zip(curves, units):
         rank, full = int(curve.ranks[choice[curve.name]]), weight.full(part)
-        # A budget between those that were tried when the folder was written may want more of a matrix than any did.
-        found.append(rank if rank == full and part.dense else min(rank, part.components))
+        if rank > part.components and not (rank == full and part.dense):
+            # A budget between those that were tried when the folder was written may want more of a matrix than any did.
+            stored = curve.ranks[(curve.ranks <= part.components) & (curve.ranks < full)]
+            rank = int(stored[-1]) if len(stored) else part.components
+        found.append(rank)
     return found
 
 

@@ -117,7 +117,8 @@ def trimmed(config: ElasticConfig, scales: Sequence[Tensor], dtype: torch.dtype)
     curves = curves_of(config, scales, dtype=dtype)
     tried = {*np.linspace(_least(curves) + 1e-9, config.ratio, BUDGETS).tolist(), *ratios_of(config.ratio, curves)}
     most = [0] * len(scales)
-    dense = [False] * len(scales)
+    # Where no factors take fewer bytes than the dense weight, a budget of bytes has no other choice.
+    dense = [len(curve.ranks) == 1 for curve in curves_of(config, scales, dtype=dtype, in_bytes=True)]
     fulls = [weight.full(part) for _, _, weight, part in config.units()]
     for ratio in tried:
         for unit, rank in enumerate(ranks_at(config, scales, dtype=dtype, ratio=ratio)):

@@ -142,6 +142,20 @@ def trainer(number, where, kind) -> None:
         recovery.write_state = training.write_state
 
 
+def compressor(stage, number) -> None:
+    """Be killed when a compression tells of one of its stages for the n-th time."""
+    from eckart import compression
+
+    die, told = _nth(number, _die), compression.Progress
+
+    def progress(now, *counts):
+        if now == stage:
+            die()
+        return told(now, *counts)
+
+    compression.Progress = progress
+
+
 def _followed(function, act, *, before=False):
     def both(*arguments, **options):
         if before:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from eckart.spill import Spill
 from eckart.surgery import apply_, weights_sha256
 from eckart.tasks import Example, make_task
 from eckart.units import find_units, restored, seconds_of
+from nursery import Nursery
 
 METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
 
@@ -332,3 +334,59 @@ def test_a_killed_program_is_resumed_by_the_same_command(program, tiny_llama_fol
     done = program(*arguments)
     assert done.status == 0, done.err
     assert "Resuming" in done.err
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    running = Nursery()
+    yield running
+    running.close()
+
+
+def test_killed_while_measuring_and_while_cutting_the_program_ends_with_the_bytes_of_an_undisturbed_one(
+    nursery, tiny_llama_folder, tmp_path
+):
+    from conftest import WORDS
+
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS * 30), encoding="utf-8")
+    command = [
+        "compress",
+        tiny_llama_folder,
+        "--calibration",
+        path,
+        "--ratio",
+        "0.6",
+        "--window",
+        "16",
+        "--windows",
+        "8",
+    ]
+
+    def life(out, fault=None):
+        return nursery.live(*command, "--out", out, log=tmp_path / "log", fault=fault)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, errors = life(whole)
+    assert status == 0, errors
+    # The processes die one after the other, each further on; the last of them while a file is put in its place.
+    faults = [("compressor", "decomposing", 4), ("compressor", "measuring", 3), ("compressor", "cutting", 2)]
+    for fault in (*faults, ("file", 1, False)):
+        status, errors = life(killed, fault)
+        assert status == -signal.SIGKILL, (fault, errors)
+        assert not (killed / "results.json").exists()
+        assert not (killed / "model").exists()
+    status, errors = life(killed)
+    assert status == 0, errors
+    assert "Resuming the unfinished compression" in errors
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+    compared = [path for path in whole.rglob("*") if path.is_file() and path.suffix != ".html"]
+    assert any(path.suffix == ".safetensors" for path in compared)
+    for path in compared:
+        if path.name != "results.json":
+            assert (killed / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (whole, killed))
+    for results in (one, two):
+        del results["seconds"], results["environment"]
+    assert one["allocations"] == two["allocations"]
+    assert one == two

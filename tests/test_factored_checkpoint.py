@@ -307,6 +307,25 @@ def test_registering_again_does_nothing():
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "pickle", "shape": [48, 32], "rank": 4}}},
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "dense", "shape": [48, 32]}}},
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "row_blocked", "shape": [48, 32]}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "selected", "shape": [48, 32]}}},
+        {
+            "layers": {
+                "model.layers.1.mlp.gate_proj": {
+                    "storage": "selected",
+                    "shape": [48, 32],
+                    "blocks": [{"storage": "dense", "shape": [9, 4]}],
+                }
+            }
+        },
+        {
+            "layers": {
+                "model.layers.1.mlp.gate_proj": {
+                    "storage": "selected",
+                    "shape": [48, 32],
+                    "blocks": [{"storage": "dense", "shape": [48, 33]}],
+                }
+            }
+        },
         {"layers": {"model.layers.1.mlp": {"storage": "factored", "shape": [48, 32], "rank": 4}}},
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "factored", "shape": [48, 32], "rank": 3}}},
         {"layers": {}},
@@ -324,7 +343,7 @@ def test_a_config_that_was_tampered_with_is_refused(change, tiny_llama_folder, t
         eckart.load(str(folder))
 
 
-KINDS = ["dense", "factored", "pivoted", "row_blocked", "experts"]
+KINDS = ["dense", "factored", "pivoted", "row_blocked", "selected", "experts"]
 ENTRIES = st.recursive(
     st.builds(
         StoredLayer,

@@ -9,8 +9,10 @@ import tiny_models as tiny
 from eckart.dataflow import low_rank_layers
 from eckart.factoring import factor_
 from eckart.initialisation import correction, dense_weights, initialise_, input_moments, merged
+from eckart.linear import FactoredLinear, SelectedLinear
 from eckart.matrices import find_matrices
 from eckart.surgery import make_edit
+from eckart.truncation import cut, decompose
 
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
 
@@ -133,3 +135,15 @@ def test_every_storage_takes_the_start_at_unchanged_rank(name, storage, metric):
         assert torch.isfinite(layer.dense()).all()
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=batches[0]).logits).all()
+
+
+def test_a_layer_that_reads_some_inputs_is_initialised_on_these():
+    torch.manual_seed(0)
+    columns = [0, 2, 3, 5, 6]
+    inner = FactoredLinear.from_spectrum(cut(decompose(torch.randn(8, 5)), 3))
+    model = torch.nn.Sequential(SelectedLinear(inner, columns, 7))
+    weight, moments = torch.randn(8, 7), torch.eye(7)
+    initialise_(model, {"0": weight}, 3, {"0": moments})
+    best = cut(decompose(weight[:, columns]), 3)
+    torch.testing.assert_close(model[0].dense()[:, columns], product(best), rtol=1e-4, atol=1e-5)
+    assert model[0].dense()[:, [1, 4]].abs().max() == 0

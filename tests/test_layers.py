@@ -24,7 +24,7 @@ LAYERS = [
     {"factoring", "initialisation", "distillation"},
     {"prefix", "recipe", "sources"},
     {"scoring", "checkpoint", "report", "refinement"},
-    {"resources"},
+    {"resources", "embedding"},
     {"skeleton"},
     {"shards"},
     {"spectra", "inspection_report", "unfreezing"},

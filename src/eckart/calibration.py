@@ -8,8 +8,9 @@ of the summed loss at its output there.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from eckart.dataflow import evaluating, only_gradients_of
+from eckart.embedding import Pooling, embed_block, probe
 from eckart.encoding import Encoded, prompt_tokens
 from eckart.errors import TaskError
 from eckart.layout import Block, Row, Sequence_, lay_out
@@ -208,6 +210,7 @@ def collect(
     *,
     gradients: bool = True,
     drawn: bool = True,
+    pooling: Pooling | None = None,
     seed: int = 0,
 ) -> dict[str, Moments]:
     """Read a calibration text with a model, and give the moments of some of its matrices.
@@ -222,7 +225,9 @@ def collect(
         matrices: Which ones; sums are held for all of them at once: (in^2 + out^2) 8 bytes each.
         gradients: Take those at the outputs, too.
         drawn: The loss is that of drawn tokens; else that of the right answers, of each the sum over its tokens.
-        seed: Of the drawn tokens.
+        pooling: Of an encoder, which predicts no tokens: the gradients are those of its embeddings' components along
+            random directions, and half the mean of (g' D x)^2 is the 1 - cosine that a change D causes.
+        seed: Of the drawn tokens, or directions.
 
     Returns:
         By the matrix's name. A matrix that no token reached (an expert) has zeros.
@@ -234,15 +239,19 @@ def collect(
     with evaluating(model), each_expert(model), torch.inference_mode(False):
         for block in windows.blocks:
             block = block.mapped(lambda tensor: tensor.to(device, copy=True))
-            with (
-                only_gradients_of(model, ()),
-                torch.set_grad_enabled(gradients),
-                watch,
-                only_positions(model, block.rows, block.columns) as logits_of,
-            ):
-                logits = logits_of(run_block(model, block))
+            said = (
+                only_positions(model, block.rows, block.columns)
+                if pooling is None
+                else nullcontext(partial(embed_block, block=block, pooling=pooling))
+            )
+            with only_gradients_of(model, ()), torch.set_grad_enabled(gradients), watch, said as of_output:
+                found = of_output(run_block(model, block))
             if gradients:
-                (_loss_of_drawn(logits, generator) if drawn else _loss_of_answers(logits, windows, block)).backward()
+                if pooling is not None:
+                    loss = probe(found, generator)
+                else:
+                    loss = _loss_of_drawn(found, generator) if drawn else _loss_of_answers(found, windows, block)
+                loss.backward()
     return {matrix.name: collector.moments(matrix) for matrix in matrices}
 
 

@@ -320,6 +320,81 @@ def shards_of(source: str) -> list[Path]:
     return [folder / shard for shard in _shards(folder)]
 
 
+def beside(source: str, file: str) -> Path | None:
+    """Find a file that may lie beside a model.
+
+    Args:
+        source: As for `load`.
+        file: Its path in the folder, which does not lead out of it.
+
+    Returns:
+        Where it is, or None where there is none.
+
+    Raises:
+        ModelError: The path leads out of the folder, or `source` is no model.
+    """
+    if ".." in Path(file).parts or Path(file).is_absolute():
+        raise ModelError(
+            f"{source} names a file outside its folder: {file}. A model's files lie in it. Correct modules.json."
+        )
+    name, local = resolve(source)
+    if local:
+        found = Path(name) / file
+        return found if found.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    cached = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return None if cached is None else Path(cached)
+
+
+def sentence_modules(source: str) -> list[tuple[str, str]]:
+    """List what sentence-transformers puts around a model.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        (path in the folder, type) of each entry of modules.json; none where there is no such file.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    file = beside(source, "modules.json")
+    if file is None:
+        return []
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return [(str(entry["path"]), str(entry["type"])) for entry in found]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"{file} is damaged: {_first_line(error)}. It lists modules with a path and a type. Download it again."
+        ) from None
+
+
+def sentence_files(source: str) -> dict[str, Path]:
+    """List the files that make a model's folder one of sentence-transformers, the model's own left out.
+
+    Args:
+        source: As for `load`.
+
+    Returns:
+        Path in the folder -> where it is; none where the folder is not one of sentence-transformers.
+
+    Raises:
+        ModelError: modules.json is damaged, or a module's weights are pickled.
+    """
+    modules = [path for path, _ in sentence_modules(source) if path not in ("", ".")]
+    names = ["modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"] if modules else []
+    for path in modules:
+        names += [f"{path}/config.json", f"{path}/model.safetensors"]
+        if beside(source, f"{path}/pytorch_model.bin") and not beside(source, f"{path}/model.safetensors"):
+            raise ModelError(
+                f"{source} holds pickled weights only in {path}. eckart reads safetensors and never unpickles, since a "
+                "pickle can run code. If you trust it, load and save it with sentence-transformers once."
+            )
+    return {name: found for name in names if (found := beside(source, name)) is not None}
+
+
 def _has_adapter(source: str) -> ModelError:
     return ModelError(
         f"{source} holds an adapter (adapter_config.json) beside or instead of a model. eckart edits whole weights. "
@@ -488,6 +563,7 @@ def save(
     results: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
     portable: bool = False,
+    files: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write a Hugging Face folder.
 
@@ -504,6 +580,7 @@ def save(
         max_shard_size: Of a safetensors file, in bytes or as `5GB`.
         portable: Put a modeling file beside factored weights, so that they load without eckart, too, where
             `from_pretrained` is given `trust_remote_code=True`.
+        files: Path in the folder -> a file that is copied there, such as `sentence_files` of the original.
 
     Returns:
         The folder.
@@ -524,6 +601,9 @@ def save(
             write_plan(temporary / "plan.json", plan)
             card = model_card(plan, model, results=results, portable=portable)
             (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, path in (files or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, temporary / name)
         write_manifest(temporary)
     return target
 

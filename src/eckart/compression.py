@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,9 @@ from eckart.calibration import Moments, collect, each_expert, loss_gradients, mi
 from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.elastic import ElasticConfig, ranks_at
 from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
+from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
+from eckart.errors import RecipeError
 from eckart.matrices import (
     Matrix,
     coverage,
@@ -123,6 +126,7 @@ def compress(
     settings: CompressSettings,
     *,
     task: Task | None = None,
+    pooling: Pooling | None = None,
     source: str = "",
     stored: torch.dtype | None = None,
     spill: Path | None = None,
@@ -131,12 +135,15 @@ def compress(
     """Find the factors that stay closest to a model under a budget.
 
     Args:
-        model: A causal language model in evaluation mode. As before, to the bit, when this returns.
+        model: A language model, or an encoder of text without a head, in evaluation mode. As before, to the bit, when
+            this returns.
         tokenizer: Its tokenizer.
         calibration: A task of kind `text`.
         settings: The budget, and how.
         task: Examples whose right answers the model should stay good at, too: the gradients of their loss, and the
             inputs they give, take a share in the metrics (`settings.task_weight`).
+        pooling: Of an encoder: how an embedding is made of its hidden states; by default their mean. The calibration
+            text is then read in sentences, and what is kept is their embeddings, not predictions.
         source: Where the model came from, for the plan.
         stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
         spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
@@ -147,21 +154,17 @@ def compress(
         The plan, its factors, and what was measured.
 
     Raises:
-        ModelError: A weight or a statistic is not finite.
+        ModelError: A weight or a statistic is not finite, or the model neither predicts nor embeds a text.
         RankError: The budget is too small.
+        RecipeError: The settings ask for a loss, which an encoder does not have.
         TaskError: The text is too short.
     """
     started = time.perf_counter()
     check_finite(model)
     matrices = find_matrices(model)
     units, blocked = find_units(model, matrices, settings)
-    windows = read_windows(
-        calibration,
-        tokenizer,
-        length=settings.window or WINDOW,
-        count=settings.windows,
-        batch_tokens=settings.batch_tokens,
-    )
+    pooling = pooling_for(model, settings, pooling)
+    windows = read_calibration(model, tokenizer, calibration, settings, pooling)
     work = Spill(spill)
     work.check(
         {
@@ -169,12 +172,13 @@ def compress(
             "text": calibration.sha256,
             "task": None if task is None else task.sha256,
             "settings": json.loads(settings.model_dump_json()),
+            "pooling": None if pooling is None else [*pooling.modes],
             "eckart": version("eckart"),
         }
     )
     tell = progress or (lambda _: None)
     encoded = None if task is None else encode_plain(model, tokenizer, task, settings)
-    run = Steps(model, tokenizer, settings, windows, units, work, tell, stored, encoded)
+    run = Steps(model, tokenizer, settings, windows, units, work, tell, stored, encoded, pooling)
     with evaluating(model), each_expert(model):
         curves = run.curves()
         budget = run.budget(curves)
@@ -203,7 +207,11 @@ def compress(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "coverage": coverage(model, matrices),
         },
-        "calibration": {"name": calibration.name, "windows": windows.count, "tokens": sum(windows.tokens)},
+        "calibration": {
+            "name": calibration.name,
+            "windows" if pooling is None else "sentences": windows.count,
+            "tokens": sum(windows.tokens),
+        },
         "budget": {
             "unit": settings.unit,
             "allowed": budget,
@@ -248,12 +256,76 @@ def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: Compres
     return rearrange(model, found)
 
 
+def pooling_for(model: nn.Module, settings: CompressSettings, given: Pooling | None = None) -> Pooling | None:
+    """Find out whether a compression keeps a model's embeddings, and how they are made.
+
+    Args:
+        model: In evaluation mode. Not modified.
+        settings: Checked, since an encoder has no loss.
+        given: How, if it is known; by default the mean.
+
+    Returns:
+        None for a language model.
+
+    Raises:
+        ModelError: The model neither predicts nor embeds a text.
+        RecipeError: The settings ask for a loss of an encoder.
+    """
+    if not embeds(model):
+        return None
+    if settings.allocate == "signed":
+        raise RecipeError(
+            f"allocate = 'signed' goes by the loss of a text, and {type(model).__name__} has none. "
+            "An encoder's budget is divided by any other allocation. Change --allocate."
+        )
+    return given or Pooling()
+
+
+def read_calibration(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Task,
+    settings: CompressSettings,
+    pooling: Pooling | None,
+    *,
+    first: int = 0,
+    most: int | None = None,
+) -> Encoded:
+    """Read a text as a compression does: in windows, or for an encoder in sentences of as many tokens together.
+
+    Args:
+        model: Not modified.
+        tokenizer: Its tokenizer.
+        text: Of kind `text`.
+        settings: How much is read.
+        pooling: From `pooling_for`.
+        first: Windows, or tokens in the place of so many, that are skipped.
+        most: Windows or sentences at most; by default as the settings say.
+
+    Returns:
+        The windows or sentences, on the CPU.
+
+    Raises:
+        TaskError: The text is too short.
+    """
+    length, batch = settings.window or WINDOW, settings.batch_tokens
+    if pooling is None:
+        return read_windows(
+            text, tokenizer, length=length, count=most or settings.windows, first=first, batch_tokens=batch
+        )
+    tokens = (most or settings.windows) * length
+    return read_sentences(
+        text, model, tokenizer, tokens=tokens, length=length, first=first * length, most=most, batch_tokens=batch
+    )
+
+
 def forecast(
     model: nn.Module,
     tokenizer: Any,
     calibration: Task,
     settings: CompressSettings,
     *,
+    pooling: Pooling | None = None,
     stored: torch.dtype | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
@@ -264,6 +336,7 @@ def forecast(
         tokenizer: Its tokenizer.
         calibration: As for `compress`.
         settings: As for `compress`.
+        pooling: As for `compress`.
         stored: As for `compress`.
         progress: As for `compress`.
 
@@ -276,11 +349,10 @@ def forecast(
     """
     check_finite(model)
     units, blocked = find_units(model, find_matrices(model), settings)
-    length = settings.window or WINDOW
-    windows = read_windows(
-        calibration, tokenizer, length=length, count=settings.windows, batch_tokens=settings.batch_tokens
-    )
-    steps = Steps(model, tokenizer, settings, windows, units, Spill(None), progress or (lambda _: None), stored)
+    pooling = pooling_for(model, settings, pooling)
+    windows = read_calibration(model, tokenizer, calibration, settings, pooling)
+    tell = progress or (lambda _: None)
+    steps = Steps(model, tokenizer, settings, windows, units, Spill(None), tell, stored, pooling=pooling)
     clock = [time.perf_counter()]
     with evaluating(model), each_expert(model):
         curves = steps.curves()
@@ -292,7 +364,7 @@ def forecast(
         clock.append(time.perf_counter())
         points = steps.alone(curves, [choice])
         clock.append(time.perf_counter())
-        together = mean(np.array(steps.divergence_of(curves, choice, reference)), "nats/token")
+        together = mean(np.array(steps.divergence_of(curves, choice, reference)), steps.divergence_unit)
     reading, a_few, measuring = np.diff(clock)
     forward = a_few * windows.count / steps.few.count
     rows = []
@@ -304,7 +376,7 @@ def forecast(
                 "rank": int(curve.ranks[choice[unit.name]]),
                 "of": unit.full(),
                 "cost": float(curve.costs[choice[unit.name]]),
-                "divergence": None if values is None else mean(np.array(values), "nats/token"),
+                "divergence": None if values is None else mean(np.array(values), steps.divergence_unit),
             }
         )
     rows.sort(key=lambda row: -row["divergence"].value if row["divergence"] else 0.0)
@@ -341,6 +413,7 @@ class Steps:
         tell: Report,
         stored: torch.dtype | None = None,
         task: Encoded | None = None,
+        pooling: Pooling | None = None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.units, self.work, self.tell = units, work, tell
@@ -348,9 +421,13 @@ class Steps:
         self.device = next(model.parameters()).device
         self.windows = self._here(windows)
         self.task = task
-        self.few = self._here(_first(windows, settings.measured))
+        self.pooling = pooling
+        # Of sentences, as many as in so many windows.
+        few = settings.measured if pooling is None else -(-settings.measured * windows.count // settings.windows)
+        self.few = self._here(_first(windows, few))
         self.order = self._order()
-        self.roots: dict[str, int] = {}
+        self._hows: list[str] = []
+        self._kept: list[str] = []
 
     def _here(self, windows: Encoded) -> Encoded:
         blocks = tuple(block.mapped(lambda tensor: tensor.to(self.device)) for block in windows.blocks)
@@ -382,14 +459,22 @@ class Steps:
             moments: dict[str, Moments] = {}
             if self.settings.method != "svd":
                 gradients = self.settings.method in ("fwsvd", "double", "propagated")
-                moments = collect(self.model, self.windows, matrices, gradients=gradients, seed=self.settings.seed)
+                moments = collect(
+                    self.model,
+                    self.windows,
+                    matrices,
+                    gradients=gradients,
+                    pooling=self.pooling,
+                    seed=self.settings.seed,
+                )
                 if self.task is not None:
                     of_task = collect(self.model, self.task, matrices, gradients=gradients, drawn=False)
                     share = self.settings.task_weight
                     moments = {name: mixed(moments[name], of_task[name], share) for name in moments}
             for unit in group:
                 self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
-                self.work.keep(unit.name, self._decompose(unit, moments))
+                self._keep(unit.name, self._decompose(unit, moments))
+        self._kept = [unit.name for unit in self.units]
         return [self._curve(unit) for unit in self.units]
 
     def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
@@ -422,8 +507,19 @@ class Steps:
         return left, self._noted(square_root(moments.inputs, shrinkage=settings.input_shrinkage))
 
     def _noted(self, root: Root) -> Root:
-        self.roots[root.how] = self.roots.get(root.how, 0) + 1
+        self._hows.append(root.how)
         return root
+
+    def _keep(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep what is finished, and before it how its roots were found."""
+        self.work.note(f"roots of {key}", self._hows)
+        self._hows = []
+        self.work.keep(key, tensors)
+
+    @property
+    def roots(self) -> dict[str, int]:
+        """How the roots were found, those of a life before this one included -> how often."""
+        return dict(Counter(how for key in self._kept for how in self.work.numbers(f"roots of {key}") or ()))
 
     def _curve(self, unit: Unit) -> Curve:
         tails = allocate.tails_of([spectrum.S.cpu().numpy() for spectrum in self.spectra(unit)], unit.full())
@@ -552,8 +648,15 @@ class Steps:
                 found[unit.name] = total
         return found
 
+    @property
+    def divergence_unit(self) -> str:
+        """What divergence is measured in."""
+        return "nats/token" if self.pooling is None else UNIT
+
     def reference(self) -> list[Tensor]:
-        """The original model's predictions on the few windows on which divergence is measured."""
+        """The original model's predictions (embeddings) of the few windows on which divergence is measured."""
+        if self.pooling is not None:
+            return [embed(self.model, self.few, index, self.pooling) for index in range(len(self.few.blocks))]
         return [log_probabilities(self.model, self.few, index) for index in range(len(self.few.blocks))]
 
     def divergence_of(self, curves: Sequence[Curve], choice: Choice, reference: Sequence[Tensor]) -> list[float]:
@@ -567,7 +670,7 @@ class Steps:
         if values is None:
             values = self._divergence_at(ranks, reference)
             self.work.note(key, values)
-        return mean(np.array(values), "nats/token")
+        return mean(np.array(values), self.divergence_unit)
 
     def _divergence_at(self, ranks: Mapping[str, int], reference: Sequence[Tensor]) -> list[float]:
         with restored(self.model, [matrix for unit in self.units for matrix in unit.matrices]):
@@ -578,8 +681,11 @@ class Steps:
     def _divergence(self, reference: Sequence[Tensor], forward: Callable[[int], Any] | None = None) -> list[float]:
         found: list[float] = []
         for index, expected in enumerate(reference):
-            scores = score_block(self.model, self.tokenizer, self.few, index, reference=expected, forward=forward)
-            found += scores.loss
+            if self.pooling is not None:
+                found += divergence(embed(self.model, self.few, index, self.pooling, forward), expected)
+            else:
+                scores = score_block(self.model, self.tokenizer, self.few, index, reference=expected, forward=forward)
+                found += scores.loss
         return [value if np.isfinite(value) else 1e30 for value in found]
 
     def _cut(self, unit: Unit, rank: int) -> None:
@@ -661,7 +767,8 @@ class Steps:
                             )
                             write(self.model, matrix, up @ down)
                             kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
-                    self.work.keep(key, kept)
+                    self._keep(key, kept)
+                self._kept.append(key)
                 for matrix in mine:
                     up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
                     write(self.model, matrix, up @ down)

@@ -8,9 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eckart.calibration import read_windows
-from eckart.checkpoint import check_empty, load, load_model, save, shards_of, stored_dtype, temporary_folder
-from eckart.compression import WINDOW, compress, forecast
+from torch import Tensor
+
+from eckart.checkpoint import (
+    check_empty,
+    load,
+    load_model,
+    save,
+    sentence_files,
+    shards_of,
+    stored_dtype,
+    temporary_folder,
+)
+from eckart.compression import compress, forecast, pooling_for, read_calibration
+from eckart.embedding import Pooling, agreement, embed_all, read_pooling
 from eckart.errors import TaskError
 from eckart.factoring import factor_
 from eckart.plan import write_plan
@@ -25,6 +36,8 @@ WORK = "work"
 """Folder of what an unfinished compression has finished."""
 WINDOWS_MEASURED = 64
 """Windows of a text on which a compressed model is measured."""
+SENTENCES_MEASURED = 500
+"""Sentences of it, for an encoder."""
 
 
 def run_compress(
@@ -72,19 +85,24 @@ def run_compress(
     started = time.perf_counter()
     model, tokenizer = load(source, device=device, dtype=dtype)
     stored = stored_dtype(source, model)
+    pooling = pooling_for(model, settings, read_pooling(source))
+    files = sentence_files(source)
+    for other in measured if pooling is not None else ():
+        read_calibration(model, tokenizer, other, settings, pooling)  # what cannot be measured is refused now
     found = compress(
         model,
         tokenizer,
         text,
         settings,
         task=chosen,
+        pooling=pooling,
         source=source,
         stored=stored,
         spill=out / WORK,
         progress=progress,
     )
     compressed = time.perf_counter()
-    before = _quality(model, tokenizer, text, measured, settings)
+    before = _said(model, tokenizer, text, measured, settings, pooling)
     folder = out / "model"
     if not folder.exists():
         small = load_model(source, device=device, dtype="stored")
@@ -94,18 +112,18 @@ def run_compress(
                 found.elastic(small, spill=mapped)
             else:
                 factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
-            save(small, folder, tokenizer, found.plan)
+            save(small, folder, tokenizer, found.plan, files=files)
     # An elastic folder is measured at several sizes, the largest first.
     served = []
     for ratio in found.facts["ratios"] if settings.elastic else [None]:
         small = load_model(str(folder), device=device, dtype=dtype, ratio=ratio)
-        after = _quality(small, tokenizer, text, measured, settings)
+        after = _said(small, tokenizer, text, measured, settings, pooling)
         size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored", ratio=ratio))
-        served.append({"ratio": ratio, "size": size, "quality": after})
-    after = served[0]["quality"]
+        quality = [{"name": name, **_compared(said, after[name])} for name, said in before.items()]
+        served.append({"ratio": ratio, "size": {"before": dense, "after": size}, "quality": quality})
     results = found.to_results() | {
-        "size": {"before": dense, "after": served[0]["size"]},
-        "quality": [{"name": name, "before": rows, "after": after[name]} for name, rows in before.items()],
+        "size": served[0]["size"],
+        "quality": served[0]["quality"],
         "elastic": {"bytes": _bytes_of(folder), "served": served} if settings.elastic else None,
         "seconds": {"compress": compressed - started, "total": time.perf_counter() - started},
         "environment": environment(),
@@ -145,7 +163,8 @@ def forecast_compress(
     text = read_text(calibration)
     model, tokenizer = load(source, device=device, dtype=dtype)
     stored = stored_dtype(source, model)
-    return forecast(model, tokenizer, text, settings, stored=stored, progress=progress)
+    pooling = read_pooling(source)
+    return forecast(model, tokenizer, text, settings, pooling=pooling, stored=stored, progress=progress)
 
 
 def compression_begun(out: Path) -> bool:
@@ -164,24 +183,39 @@ def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in shards_of(str(folder)))
 
 
-def _quality(
-    model: Any, tokenizer: Any, text: Task, measured: Sequence[Task], settings: CompressSettings
-) -> dict[str, dict[str, Measurement]]:
-    """Perplexity on unread windows of the calibration text, and on whatever else was given."""
-    window = settings.window or WINDOW
-    found = {}
+def _said(
+    model: Any,
+    tokenizer: Any,
+    text: Task,
+    measured: Sequence[Task],
+    settings: CompressSettings,
+    pooling: Pooling | None,
+) -> dict[str, dict[str, Measurement] | Tensor]:
+    """Perplexity of unread windows of the calibration text and whatever else was given; embeddings of an encoder."""
+    found: dict[str, dict[str, Measurement] | Tensor] = {}
     for number, task in enumerate((text, *measured)):
-        if task.kind != "text":
-            encoded = prepare(model, tokenizer, task, batch_tokens=settings.batch_tokens)
+        first, most = 0 if number else settings.windows, WINDOWS_MEASURED if pooling is None else SENTENCES_MEASURED
+        try:
+            if task.kind != "text" and pooling is None:
+                encoded = prepare(model, tokenizer, task, batch_tokens=settings.batch_tokens)
+            else:
+                encoded = read_calibration(model, tokenizer, task, settings, pooling, first=first, most=most)
+        except TaskError:
+            if number:
+                raise
+            continue  # the text ends with what was read
+        kept = "windows" if pooling is None else "sentences"
+        name = task.name if number else f"{task.name}, {kept} that were not read"
+        if pooling is not None:
+            found[name] = embed_all(model, encoded, pooling)
         else:
-            first = 0 if number else settings.windows
-            try:
-                encoded = read_windows(task, tokenizer, length=window, count=WINDOWS_MEASURED, first=first)
-            except TaskError:
-                if number:
-                    raise
-                continue  # the text ends with the windows that were read
-            encoded = rearrange(model, encoded)
-        name = task.name if number else f"{task.name}, windows that were not read"
-        found[name] = summarize(encoded, score(model, tokenizer, encoded, normalize=settings.normalize))
+            encoded = rearrange(model, encoded) if task.kind == "text" else encoded
+            found[name] = summarize(encoded, score(model, tokenizer, encoded, normalize=settings.normalize))
     return found
+
+
+def _compared(before: Any, after: Any) -> dict[str, dict[str, Measurement]]:
+    """Measurements before and after; an encoder's are of its agreement with the original, which agrees with itself."""
+    if isinstance(before, Tensor):
+        return {"before": agreement(before, before), "after": agreement(before, after)}
+    return {"before": before, "after": after}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from eckart import truncation
 from eckart.clustering import runs_of
 from eckart.experts import FactoredExperts
-from eckart.linear import STORAGES, LowRankLayer, RowBlockedLinear, Storage, bytes_stored, cheapest_storage
+from eckart.linear import (
+    STORAGES,
+    LowRankLayer,
+    RowBlockedLinear,
+    SelectedLinear,
+    Storage,
+    bytes_stored,
+    cheapest_storage,
+)
 from eckart.matrices import Matrix, read, rows_of, write
 from eckart.plan import Edit, Plan
 from eckart.quantizer import Size, StoredLayer, attach_, replace_, sizes, stored_as
@@ -54,6 +62,8 @@ class _Part:
     rank: int | None
     """None where no edit lowers it."""
     edit: Edit | None = None
+    spectrum: Spectrum | None = None
+    """What was given for these rows."""
 
 
 @dataclass(frozen=True)
@@ -190,20 +200,25 @@ def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making)
     module: Any = model.get_submodule(first.parameter.rpartition(".")[0])
     weight = module.weight.detach().T if first.transposed else module.weight.detach()
     bias = None if module.bias is None else module.bias.detach()
-    parts = _parts(weight, edits)
+    parts = [piece for part in _parts(weight, edits) for piece in _pieces(part, making.factors)]
+    columns = _columns(parts)
+    if columns is not None:
+        parts, weight = [_narrowed(part, columns) for part in parts], weight[:, columns.to(weight.device)]
     joined = torch.cat([part.rows for part in parts])
     consecutive = torch.equal(joined, torch.arange(len(weight)))
     storages: list[Storage] = [_storage(part, weight, making) for part in parts]
     numbers = sum(_bytes(storage, part, weight) for storage, part in zip(storages, parts))
-    problem = _too_large(numbers + (0 if consecutive else 8 * len(weight)), weight, making)
+    numbers += (0 if consecutive else 8 * len(weight)) + (0 if columns is None else 8 * len(columns))
+    problem = _too_large(numbers, module.weight, making)
     if problem is not None:
         return problem
     blocks = [_block(*pair, weight, bias, making) for pair in zip(parts, storages)]
-    if len(blocks) == 1:
-        (block,) = blocks
-        assert isinstance(block, LowRankLayer)
-        return block
-    return RowBlockedLinear(blocks, None if consecutive else [part.rows.to(weight.device) for part in parts])
+    rows = None if consecutive else [part.rows.to(weight.device) for part in parts]
+    layer = blocks[0] if len(blocks) == 1 else RowBlockedLinear(blocks, rows)
+    if columns is not None:
+        return SelectedLinear(layer, columns.to(weight.device), module.weight.shape[0 if first.transposed else 1])
+    assert isinstance(layer, LowRankLayer)
+    return layer
 
 
 def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making) -> LowRankLayer | str:
@@ -252,9 +267,37 @@ def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
     return sorted(parts, key=lambda part: int(part.rows[0]))
 
 
+def _pieces(part: _Part, factors: Mapping[str, Spectrum]) -> list[_Part]:
+    """Part rows for which factors were given into those with numbers and those that they leave at zero."""
+    spectrum = None if part.edit is None else factors.get(part.edit.matrix)
+    if spectrum is None:
+        return [part]
+    zero = (spectrum.U == 0).all(1)
+    kept, none = replace(spectrum, U=spectrum.U[~zero]), Spectrum(spectrum.U[zero, :0], spectrum.S[:0], spectrum.Vh[:0])
+    pieces = [(~zero.cpu(), len(spectrum.S), kept), (zero.cpu(), 0, none)]
+    return [_Part(part.rows[which], rank, part.edit, given) for which, rank, given in pieces if which.any()]
+
+
+def _columns(parts: list[_Part]) -> Tensor | None:
+    """The columns that a weight reads, where factors were given for all of it and have zeros in others."""
+    if not all(part.spectrum is not None for part in parts):
+        return None
+    read = torch.stack([(part.spectrum.Vh != 0).any(0).cpu() for part in parts if part.spectrum is not None]).any(0)
+    return None if read.all() or not read.any() else read.nonzero().flatten()
+
+
+def _narrowed(part: _Part, columns: Tensor) -> _Part:
+    assert part.spectrum is not None
+    return replace(part, spectrum=replace(part.spectrum, Vh=part.spectrum.Vh[:, columns.to(part.spectrum.Vh.device)]))
+
+
 def _storage(part: _Part, weight: Tensor, making: _Making) -> Storage:
     if part.rank is None:
         return "dense"
+    if part.spectrum is not None and part.edit is not None:
+        size = len(part.rows), weight.shape[1]
+        if size != part.edit.shape and 0 < min(size) <= part.rank:
+            return "dense"  # fewer rows or columns, and all that they can have of rank
     if making.storage is not None:
         return making.storage if part.rank else "factored"
     return cheapest_storage((len(part.rows), weight.shape[1]), part.rank, weight.dtype, at_most=making.at_most)
@@ -270,6 +313,8 @@ def _spectrum(part: _Part, weight: Tensor, making: _Making) -> Spectrum:
     if part.rank is None:
         return truncation.decompose(rows if edit is None else replacement(rows, edit))
     assert edit is not None
+    if part.spectrum is not None:
+        return part.spectrum
     if edit.matrix in making.factors:
         return making.factors[edit.matrix]
     if edit.kind == "zero":

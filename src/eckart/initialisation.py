@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eckart.dataflow import low_rank_layers
 from eckart.errors import ModelError
 from eckart.experts import FactoredExperts
-from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear
+from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear, SelectedLinear
 from eckart.quantizer import LowRankConfig, replace_
 from eckart.truncation import Spectrum, cut, decompose
 
@@ -173,6 +173,11 @@ def _initialised(layer: Any, weight: Tensor, rank: int, moments: Tensor | None) 
         rows = (weight if inverse is None else weight[inverse]).split(ends)
         blocks: Any = [_initialised(block, part, rank, moments) for block, part in zip(layer.blocks, rows)]
         return RowBlockedLinear(blocks, None if inverse is None else list(inverse.split(ends)))
+    if isinstance(layer, SelectedLinear):
+        # What the others carry cannot be made up for by a layer that does not read them.
+        columns = layer.columns
+        moments = None if moments is None else moments[columns][:, columns]
+        return SelectedLinear(_initialised(layer.inner, weight[:, columns], rank, moments), columns, layer.in_features)
     if isinstance(layer, FactoredExperts):
         stack = weight.mT if layer.transposed else weight
         now = layer.dense().mT if layer.transposed else layer.dense()

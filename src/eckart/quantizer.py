@@ -19,19 +19,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from eckart.dataflow import low_rank_layers
 from eckart.errors import EckartError, ModelError
 from eckart.experts import FactoredExperts
-from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear
+from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear, SelectedLinear
 
 METHOD = "eckart"
 SCHEMA_VERSION = 1
 MODELING = "modeling_eckart"
 """The modeling file of a portable folder, without `.py`."""
 
+STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts")
+"""How a weight may be stored."""
+
 
 @dataclass(frozen=True)
 class StoredLayer:
     """How one weight is stored: an entry of `quantization_config.layers` in config.json."""
 
-    storage: Literal["dense", "factored", "pivoted", "row_blocked", "experts"]
+    storage: Literal["dense", "factored", "pivoted", "row_blocked", "selected", "experts"]
     shape: tuple[int, int]
     """(out, in), whatever the order in which it was stored densely."""
     rank: int | None = None
@@ -39,7 +42,7 @@ class StoredLayer:
     transposed: bool = False
     """It was stored densely as (in, out)."""
     blocks: tuple[StoredLayer, ...] = ()
-    """The groups of rows of a row-blocked weight."""
+    """The groups of rows of a row-blocked weight; how the columns of a selected one are stored."""
     ordered: bool = False
     """The blocks' rows are not neighbours in order."""
 
@@ -67,7 +70,7 @@ class StoredLayer:
         if not all(type(size) is int and size >= 0 for size in (*shape, 0 if rank is None else rank)):
             raise ValueError("sizes are integers that are not negative")
         layer = cls(**{**entry, "shape": tuple(shape), "blocks": tuple(map(cls.from_json, blocks))})
-        if len(layer.shape) != 2 or layer.storage not in ("dense", "factored", "pivoted", "row_blocked", "experts"):
+        if len(layer.shape) != 2 or layer.storage not in STORED:
             raise ValueError(f"its storage is {str(layer.storage)[:80]}, of shape {layer.shape}")
         if type(layer.transposed) is not bool or type(layer.ordered) is not bool:
             raise ValueError("transposed and ordered are true or false")
@@ -261,6 +264,8 @@ def stored_as(layer: nn.Module, *, transposed: bool = False) -> StoredLayer:
     if isinstance(layer, RowBlockedLinear):
         blocks = tuple(stored_as(block) for block in layer.blocks)
         return StoredLayer(storage="row_blocked", blocks=blocks, ordered=layer.order is not None, **facts)
+    if isinstance(layer, SelectedLinear):
+        return StoredLayer(storage="selected", blocks=(stored_as(layer.inner),), **facts)
     if isinstance(layer, FactoredExperts):
         return StoredLayer(storage="experts", rank=layer.down.shape[1], **facts)
     if isinstance(layer, (FactoredLinear, PivotedLinear)):
@@ -370,7 +375,7 @@ def _empty_layer(model: nn.Module, path: str, stored: StoredLayer) -> LowRankLay
             layer._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
             return layer
         return _empty(stored, old.bias is not None, place)
-    except (EckartError, TypeError) as error:
+    except (EckartError, TypeError, ValueError) as error:
         raise ModelError(
             f"config.json describes {path} in a way that does not fit together: {error} Write the folder again."
         ) from error
@@ -384,6 +389,12 @@ def _empty(stored: StoredLayer, bias: bool, place: dict[str, Any]) -> Any:
         layer = RowBlockedLinear(blocks, rows if stored.ordered else None)
         assert (layer.out_features, layer.in_features) == stored.shape
         return layer
+    if stored.storage == "selected":
+        (block,) = stored.blocks
+        if block.shape[0] != out:
+            raise ValueError(f"its columns have {block.shape[0]} rows, and it has {out}.")
+        columns = torch.empty(block.shape[1], dtype=torch.int64, device="meta")
+        return SelectedLinear(_empty(block, bias, place), columns, into)
     if stored.storage == "dense":
         return nn.Linear(into, out, bias, **place)
     return STORAGES["pivoted" if stored.storage == "pivoted" else "factored"](into, out, stored.rank, bias, **place)

@@ -258,7 +258,10 @@ def _compress_page(results: Json) -> Json:
             f"{100 * budget['spent'] / budget['dense']:.1f} % of their {budget['unit']}."
         ),
         "rows": rows,
+        "elastic": results.get("elastic"),
         "allocations": results["allocations"],
+        "unit": results["allocations"][0]["divergence"]["unit"],
+        "read": "windows" if "windows" in results["calibration"] else "sentences",
         "types": types,
         "layers": [(layer, [found.get(kind, DASH) for kind in types]) for layer, found in layers.items()],
         "roots": ", ".join(f"{how} ({count})" for how, count in sorted(results["roots"].items())),

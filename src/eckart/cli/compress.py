@@ -131,7 +131,8 @@ def _print_forecast(found: dict[str, Any]) -> None:
     if len(found["matrices"]) > LISTED:
         output.print(f"{len(found['matrices']) - LISTED} more cause less; --json lists all.")
     output.print(
-        f"All together diverge by {number(found['divergence_together'])} nats/token; the single ones add up to "
+        f"All together diverge by {number(found['divergence_together'])} {found['divergence_together'].unit}; "
+        "the single ones add up to "
         f"{found['sum_of_single_divergences']:.4g}.\n"
         f"Forecast: {found['seconds']:.0f} s and at most about {found['bytes'] / 2**20:,.0f} MiB."
     )
@@ -160,12 +161,13 @@ def _print(results: dict[str, Any], out: Path) -> None:
 
 def _print_elastic(results: dict[str, Any], out: Path) -> None:
     served = results["elastic"]["served"]
-    first = results["quality"][0] if results["quality"] else {"name": "", "before": {}}
-    table = Table("ratio", "bytes", *first["before"], box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_row("dense", f"{results['size']['before'].bytes:,}", *map(number, first["before"].values()))
+    first = results["quality"][0] if results["quality"] else {"name": "", "before": {}, "after": {}}
+    table = Table("ratio", "bytes", *first["after"], box=box.SIMPLE_HEAD, pad_edge=False)
+    before = (number(first["before"].get(name)) for name in first["after"])
+    table.add_row("dense", f"{results['size']['before'].bytes:,}", *before)
     for row in served:
-        found = row["quality"].get(first["name"], {})
-        table.add_row(f"{row['ratio']:g}", f"{row['size'].bytes:,}", *(number(found[name]) for name in first["before"]))
+        values = row["quality"][0]["after"].values() if row["quality"] else ()
+        table.add_row(f"{row['ratio']:g}", f"{row['size']['after'].bytes:,}", *map(number, values))
     output.print(f"One folder of {results['elastic']['bytes']:,} bytes for every ratio up to {served[0]['ratio']:g}:")
     output.print(table)
     for warning in results["warnings"]:

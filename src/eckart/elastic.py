@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -227,14 +228,7 @@ def curves_of(
     for (_, _, weight, part), values in zip(config.units(), scales):
         full = weight.full(part)
         ranks = allocate.allowed_ranks(full, config.multiple)
-        costs = costs_at(
-            ranks,
-            (part.rows, weight.shape[1]),
-            storage=config.storage,
-            dtype=dtype,
-            experts=weight.experts,
-            in_bytes=in_bytes,
-        )
+        costs = _costs(config, weight, part, ranks, dtype, in_bytes)
         tails = allocate.tails_of(list(values.reshape(-1, full).numpy()), full)
         found.append(allocate.make_curve(str(part.unit), ranks, costs, tails))
     return found
@@ -278,6 +272,11 @@ def ranks_at(
     allowed = budget * dense if bytes is None else budget - (config.parameters * dtype.itemsize - dense)
     allocate.check_budget(curves, allowed)
     units = config.units()
+    if bytes is not None:
+        largest = ranks_at(config, scales, dtype=dtype)
+        pairs = zip(units, np.array(largest).reshape(-1, 1))
+        if allowed >= sum(_costs(config, weight, part, rank, dtype, True)[0] for (*_, weight, part), rank in pairs):
+            return largest
     points = {
         curve.name: [(int(at), loss) for rank, loss in part.points for at in (curve.ranks == rank).nonzero()[0]]
         for curve, (_, _, _, part) in zip(curves, units)
@@ -544,6 +543,19 @@ def register() -> None:
     """Tell transformers of elastic folders; a second call does nothing."""
     AUTO_QUANTIZER_MAPPING[METHOD] = ElasticQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ElasticConfig
+
+
+def _costs(
+    config: ElasticConfig, weight: ElasticWeight, part: ElasticPart, ranks: Any, dtype: torch.dtype, in_bytes: bool
+) -> Any:
+    return costs_at(
+        ranks,
+        (part.rows, weight.shape[1]),
+        storage=config.storage,
+        dtype=dtype,
+        experts=weight.experts,
+        in_bytes=in_bytes,
+    )
 
 
 def _experts_renamed(config: ElasticConfig) -> list[Any]:

@@ -2,6 +2,7 @@
 
     python benchmarks/compress.py SHARED --model stories260K --draws 3
     python benchmarks/compress.py --table
+    python benchmarks/compress.py SHARED --model minilm      # an encoder: benchmarks/compress_encoder.py
 
 Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
 and so on. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the other model's.
@@ -45,8 +46,30 @@ WAYS = [
     ("propagated", ["auto"], ["factored"]),
     ("propagated", ["uniform", "auto"], ["pivoted"]),
 ]
+ROUNDED = [("int8", 8), ("int4", 4), ("int4, groups of 32", 4)]
 MORE = ["sensitivity", "groups", "signed", "mp", "effective-rank"]
 """Other allocations, compared with `double` and pivoted storage."""
+
+
+def round_(model, method: str, bits: int) -> float:
+    """Round the matrices of a model; give the share of the bytes that they take in 16 bits."""
+    numbers, taken = 0, 0.0
+    units, _ = find_units(model, find_matrices(model), CompressSettings(ratio=0.5))
+    for unit in units:
+        for matrix in unit.matrices:
+            weight = read(model, matrix)
+            size = 32 if "groups" in method else weight.shape[1]
+            size = size if weight.shape[1] % size == 0 else weight.shape[1]
+            rows = weight.reshape(-1, size)
+            if bits == 8:
+                integers, scales = round_to_int8(rows)
+            else:
+                scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+                integers = (rows / scales).round().clamp(-7, 7)
+            write(model, matrix, (integers * scales).reshape(weight.shape))
+            numbers += weight.numel()
+            taken += weight.numel() * bits / 8 + 2 * len(rows)
+    return taken / (2 * numbers)
 
 
 def perplexity(model, tokenizer, windows):
@@ -93,27 +116,12 @@ class Bench:
     def dense(self) -> None:
         if not self.has(method="dense"):
             self.add({"method": "dense", **self.quality(self.model)})
-        for method, bits in (("int8", 8), ("int4", 4), ("int4, groups of 32", 4)):
+        for method, bits in ROUNDED:
             if self.has(method=method):
                 continue
-            small, numbers, taken = copy.deepcopy(self.model), 0, 0.0
-            units, _ = find_units(small, find_matrices(small), CompressSettings(ratio=0.5))
-            for unit in units:
-                for matrix in unit.matrices:
-                    weight = read(small, matrix)
-                    size = 32 if "groups" in method else weight.shape[1]
-                    size = size if weight.shape[1] % size == 0 else weight.shape[1]
-                    rows = weight.reshape(-1, size)
-                    if bits == 8:
-                        integers, scales = round_to_int8(rows)
-                    else:
-                        scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
-                        integers = (rows / scales).round().clamp(-7, 7)
-                    write(small, matrix, (integers * scales).reshape(weight.shape))
-                    numbers += weight.numel()
-                    taken += weight.numel() * bits / 8 + 2 * len(rows)
-            # Of the bytes that the same matrices take in 16 bits.
-            self.add({"method": method, "bytes": taken / (2 * numbers), **self.quality(small)})
+            small = copy.deepcopy(self.model)
+            share = round_(small, method, bits)
+            self.add({"method": method, "bytes": share, **self.quality(small)})
 
     def run(self) -> None:
         self.dense()
@@ -190,7 +198,7 @@ def block_of_7b() -> dict:
 
 
 def table() -> None:
-    for path in sorted(RESULTS.glob("compress-*.json")):
+    for path in (RESULTS / f"compress-{name}.json" for name in TEXTS):
         held = json.loads(path.read_text())
         rows = held["rows"]
         print(f"\n**{held['model']}**\n")
@@ -228,7 +236,7 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", nargs="?", type=Path, help="folder with models/ and text/")
-    parser.add_argument("--model", choices=TEXTS, default="stories260K")
+    parser.add_argument("--model", choices=[*TEXTS, "minilm"], default="stories260K")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--ratios", default="0.9,0.8,0.6,0.4")
     parser.add_argument("--only", help="one way, such as 'propagated auto pivoted'")
@@ -245,7 +253,12 @@ def main() -> None:
     else:
         assert given.shared is not None, "give the folder with models/ and text/"
         ratios = [float(word) for word in given.ratios.split(",")]
-        Bench(given.shared, given.model, given.draws, ratios, given.only).run()
+        if given.model == "minilm":
+            import compress_encoder
+
+            compress_encoder.run(given.shared, ratios, given.only)
+        else:
+            Bench(given.shared, given.model, given.draws, ratios, given.only).run()
 
 
 if __name__ == "__main__":

@@ -198,6 +198,19 @@ def test_a_task_takes_a_share_in_the_metrics():
     assert not torch.allclose(found[1.0].factors[key].S, plain.factors[key].S, rtol=1e-2)
 
 
+def test_of_a_task_with_choices_only_the_right_answers_are_read():
+    model = tiny.build("llama")
+    pairs = [(f"w{seed + 9}", f"w{seed + 30} w8") for seed in range(12)]
+    choices = [Example(tiny.sentence(6, seed), seed % 2, pair) for seed, pair in enumerate(pairs)]
+    right = [Example(tiny.sentence(6, seed), pair[seed % 2]) for seed, pair in enumerate(pairs)]
+    found = [
+        compress(model, tiny.tokenizer(), text(), settings(types=("fc_out",)), task=make_task("task", examples))
+        for examples in (choices, right)
+    ]
+    for name, spectrum in found[0].factors.items():
+        torch.testing.assert_close(spectrum.S, found[1].factors[name].S)
+
+
 def test_a_forecast_names_the_worst_matrices_and_changes_nothing():
     model = tiny.build("llama")
     before = weights_sha256(model)

@@ -193,7 +193,7 @@ def test_names_and_shapes_are_those_of_the_documents(exported_llama):
     assert summed.returncode == 0
 
 
-@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize("how", ["int8", "int4", "int2"])
 def test_a_quantised_file_computes_with_its_rounded_weights(exported, how, tmp_path):
     """The twin: the same graph in float32 with each weight rounded by its own integers and scales, in numpy."""
     folder, _ = exported
@@ -205,13 +205,12 @@ def test_a_quantised_file_computes_with_its_rounded_weights(exported, how, tmp_p
     tables = {node.input[0].removesuffix(".flat") for node in nodes if node.op_type == "GatherBlockQuantized"}
     rounded = [tensor for tensor in twin.graph.initializer if f"{tensor.name}.integers" in held]
     assert len(rounded) >= 12
-    assert {facts[f"{tensor.name}.integers"]["bits"] for tensor in rounded} == {8, 8 if how == "int8" else 4}
+    assert {facts[f"{tensor.name}.integers"]["bits"] for tensor in rounded} == {8, int(how[3:])}
     for tensor in rounded:
         integers, scales = held[f"{tensor.name}.integers"], held[f"{tensor.name}.scales"]
-        if facts[f"{tensor.name}.integers"]["bits"] == 4:
-            integers = np.stack((integers & 15, integers >> 4), -1)
-        zero = 8 if facts[f"{tensor.name}.integers"]["bits"] == 4 else 128
-        blocks = (integers.reshape(*scales.shape, -1).astype(np.float32) - zero) * scales[..., None]
+        bits = facts[f"{tensor.name}.integers"]["bits"]
+        integers = np.stack([(integers >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+        blocks = (integers.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
         original = numpy_helper.to_array(tensor)
         values = blocks.reshape(len(scales), -1)
         values = values[:, : original.shape[1]] if tensor.name in tables else values[:, : original.shape[0]].T

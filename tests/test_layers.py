@@ -33,7 +33,7 @@ LAYERS = [
     {"race", "sensitivity", "controls", "training", "calibration"},
     {"propagation", "units", "elastic_folder"},
     {"compression"},
-    {"recovery"},
+    {"recovery", "repairing"},
     {"sweep"},
     {"importance", "dynamics"},
     {"crew"},
@@ -41,7 +41,7 @@ LAYERS = [
     {"driver"},
     {"composition", "proof"},
     {"laser"},
-    {"run", "server", "compression_run", "recovery_run"},
+    {"run", "server", "compression_run", "recovery_run", "repair_run"},
     {"inspection"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ pytest.importorskip("onnxruntime", reason="needs pip install 'eckart[export]'")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from eckart.errors import ModelError, TaskError
-from eckart.onnx_graph import choose_block, pack
+from eckart.onnx_graph import BLOCKS, block_of, pack, packed_bytes, unpack
 from eckart.onnx_runner import Facts, OnnxModel, choose, encode, generate, open_model, read_facts, text_of
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
@@ -118,16 +118,21 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 @given(
-    st.integers(1, 6), st.integers(1, 70), st.sampled_from([(8, 128), (8, 32), (4, 32), (4, 16)]), st.integers(0, 99)
+    st.integers(1, 6),
+    st.integers(1, 70),
+    st.sampled_from([(8, 128), (8, 32), (4, 32), (4, 16), (2, 32)]),
+    st.integers(0, 99),
 )
 def test_rounded_weights_differ_by_no_more_than_their_step(count, entries, how, seed):
     bits, block = how
     rows = np.random.default_rng(seed).standard_normal((count, entries)).astype(np.float32)
     packed, scales = pack(rows, bits, block)
-    integers = np.stack((packed & 15, packed >> 4), -1) if bits == 4 else packed
     zero = 2 ** (bits - 1)
-    values = (integers.reshape(*scales.shape, block).astype(np.float32) - zero) * scales[..., None]
+    # The bytes read bit by bit, low ones first.
+    integers = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*scales.shape, block, bits)
+    values = ((integers * 2 ** np.arange(bits)).sum(-1).astype(np.float32) - zero) * scales[..., None]
     flat = values.reshape(count, -1)
+    np.testing.assert_array_equal(unpack(packed, scales, bits), flat)
     steps = np.repeat(np.abs(scales), block, axis=1)[:, :entries]
     # Half a step, but one where the range ends a step short.
     assert (np.abs(flat[:, :entries] - rows) <= 1.001 * steps).all()
@@ -136,8 +141,11 @@ def test_rounded_weights_differ_by_no_more_than_their_step(count, entries, how, 
     assert not flat[:, entries:].any()
 
 
-@given(st.integers(1, 5000), st.sampled_from([8, 4]))
-def test_the_chosen_block_takes_the_fewest_bytes(entries, bits):
-    lengths = (16, 32, 64, 128)
-    size = {n: -(-entries // n) * (n * bits // 8 + 4) for n in lengths}
-    assert size[choose_block(entries, lengths, bits)] == min(size.values())
+@given(st.integers(1, 5000), st.sampled_from([8, 4, 2]), st.booleans())
+def test_the_chosen_block_takes_the_fewest_bytes(entries, bits, table):
+    sizes = {n: -(-entries // n) * (n * bits // 8 + 4) for n in BLOCKS[bits] if not table or entries % n == 0}
+    found = block_of(entries, bits, table=table)
+    assert sizes[found] == min(sizes.values()) if sizes else found is None
+    if not table:
+        rows = np.zeros((3, entries), np.float32)
+        assert packed_bytes((3, entries), bits) == sum(part.nbytes for part in pack(rows, bits, found))

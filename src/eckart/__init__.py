@@ -43,6 +43,8 @@ _HOMES = {
     "CompressSettings": "recipe",
     "RecoverSettings": "recipe",
     "Recovery": "recovery",
+    "Repair": "repairing",
+    "repair": "repairing",
     "recover": "recovery",
     "write_report": "report",
     "Measurement": "results",
@@ -91,6 +93,8 @@ if TYPE_CHECKING:
     from eckart.recipe import SearchSettings as SearchSettings
     from eckart.recovery import Recovery as Recovery
     from eckart.recovery import recover as recover
+    from eckart.repairing import Repair as Repair
+    from eckart.repairing import repair as repair
     from eckart.report import write_report as write_report
     from eckart.results import Measurement as Measurement
     from eckart.scoring import evaluate as evaluate

@@ -82,6 +82,22 @@ def read_windows(
             "Give a longer text, or shorter or fewer windows."
         )
     windows = [ids[start : start + length] for start in starts]
+    return encode_windows(windows, task, tokenizer, batch_tokens=batch_tokens)
+
+
+def encode_windows(windows: Sequence[Sequence[int]], task: Task, tokenizer: Any, *, batch_tokens: int) -> Encoded:
+    """Make a perplexity task of windows of equal length.
+
+    Args:
+        windows: Tokens of each, at least 2.
+        task: The text that they are from.
+        tokenizer: A transformers tokenizer.
+        batch_tokens: As for `read_windows`.
+
+    Returns:
+        As of `read_windows`.
+    """
+    length = len(windows[0])
     items = [[Sequence_(Row(tuple(window[:-1])), tuple(range(length - 1)), tuple(window[1:]))] for window in windows]
     pad = tokenizer.pad_token_id or 0
     blocks = lay_out(items, "plain", kind="causal", pad=pad, batch_tokens=batch_tokens)
@@ -310,14 +326,14 @@ def mixed(one: Moments, other: Moments, share: float) -> Moments:
 
 
 def _loss_of_answers(logits: Tensor, encoded: Encoded, block: Block) -> Tensor:
-    """Sum the loss of the right answers, wrong ones left out."""
+    """Sum the loss of the right answers, wrong ones left out where they are there."""
     logits = logits.float()
     tokens = logits.logsumexp(-1)[block.position] - logits[block.position, block.target]
     right = torch.zeros(sum(block.choices), device=logits.device)
     start = 0
     for index, choices in zip(block.examples, block.choices):
-        example = None if encoded.task.kind == "text" else encoded.task.examples[index]
-        right[start + (example.answer if example is not None and isinstance(example.answer, int) else 0)] = 1
+        answer = 0 if choices == 1 else encoded.task.examples[index].answer
+        right[start + (answer if isinstance(answer, int) else 0)] = 1
         start += choices
     return (tokens * right[block.sequence]).sum()
 

@@ -30,7 +30,7 @@ from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.elastic import ElasticConfig, ranks_at
 from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
-from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
+from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
 from eckart.matrices import (
     Matrix,
@@ -240,7 +240,7 @@ def compress(
 
 
 def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: CompressSettings) -> Encoded:
-    """Encode a task with a row for every answer, on the model's device.
+    """Encode the right answers of a task, each in a row of its own, on the model's device.
 
     Args:
         model: Not modified.
@@ -253,7 +253,7 @@ def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: Compres
     """
     kind = model_kind(model, tokenizer)
     found = encode(task, tokenizer, kind, context=context_length(model, tokenizer), **settings.encoding)
-    return rearrange(model, found)
+    return rearrange(model, right_answers(found, found.count))
 
 
 def pooling_for(model: nn.Module, settings: CompressSettings, given: Pooling | None = None) -> Pooling | None:

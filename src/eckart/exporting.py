@@ -26,7 +26,7 @@ from eckart.encoding import context_length
 from eckart.errors import EckartError, ModelError, RecipeError
 from eckart.onnx_graph import Quantize, quantize_, tidy_
 from eckart.onnx_runner import FACTS, MODEL, SCHEMA_VERSION, Cache, OnnxModel, open_model, step
-from eckart.peft_adapter import export_adapter
+from eckart.peft_adapter import export_adapter, put_on_
 from eckart.plan import read_plan
 from eckart.quantizer import sizes
 from eckart.results import Measurement, environment, mean, to_json, write_text
@@ -69,11 +69,12 @@ def export_onnx(
     Before it appears, it continues two random prompts greedily, and has to give what PyTorch gives.
 
     Args:
-        model: On the CPU, in float32; low-rank layers stay as they are. Not modified.
+        model: On the CPU, in float32; low-rank layers stay as they are, and LoRA adapters of PEFT (the model inside a
+            `PeftModel`) two products beside each weight, in 8 bits where weights have fewer. Not modified.
         tokenizer: Written beside it.
         folder: Must not exist, or be empty. It appears whole or not at all, with `tokenizer.json`,
             `genai_config.json`, `eckart.json` and `SHA256SUMS`.
-        quantize: Keep the weights of linear layers and embeddings as `int8` or `int4`; see `eckart.onnx_graph`.
+        quantize: Keep the weights of linear layers and embeddings as `int8`, `int4` or `int2`; see `eckart.onnx_graph`.
         seed: Of the prompts.
 
     Returns:
@@ -87,7 +88,7 @@ def export_onnx(
     check_empty(target)
     state = cache_shapes(model)
     with new_folder(target) as temporary, torch.no_grad():
-        size = _write_model(_graph(model, state), temporary / MODEL, quantize)
+        size = _write_model(_graph(model, state), temporary / MODEL, quantize, _adapter_weights(model))
         tokenizer.save_pretrained(temporary)
         facts = _facts(model, tokenizer, state, quantize)
         write_text(temporary / FACTS, to_json(facts))
@@ -117,6 +118,7 @@ def run_export(
     *,
     quantize: str = "none",
     plan_path: Path | None = None,
+    adapter: Path | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> Outcome:
@@ -127,8 +129,9 @@ def run_export(
         to: `onnx`, `dense` (a Hugging Face folder that plain transformers loads), `peft` (a plan as an adapter over the
             model), or `gguf` (the dense folder that llama.cpp's converter reads).
         out: New or empty folder; it appears whole or not at all.
-        quantize: Of `onnx`: `none`, `int8` or `int4`.
+        quantize: Of `onnx`: `none`, `int8`, `int4` or `int2`.
         plan_path: Of `peft`: the plan's file, or the folder of a run.
+        adapter: Folder of a LoRA adapter of PEFT on this model: beside the weights in `onnx`, added to them elsewhere.
         seed: Of the prompts that `onnx` is checked with.
         force: Accept a plan made for other weights.
 
@@ -154,23 +157,31 @@ def run_export(
             f"--to {to} was given with --quantize {quantize} and {'a' if plan_path else 'no'} --plan. Only onnx can be "
             "quantised; peft takes a plan, and nothing else does. Correct it, or use eckart apply for a plan."
         )
+    if adapter is not None and to == "peft":
+        raise RecipeError(
+            "--to peft was given with --adapter. It writes an adapter of a plan; one that exists needs no export. "
+            "Leave --adapter out, or choose another format."
+        )
     check_empty(out)
     if to == "peft":
         assert plan_path is not None
         plan = read_plan(plan_path)
-        adapter = export_adapter(load_model(source, device="cpu", dtype="float32"), plan, out, force=force)
+        written = export_adapter(load_model(source, device="cpu", dtype="float32"), plan, out, force=force)
         notes = (
-            f"The adapter holds {adapter.numbers:,} numbers, and the {len(adapter.ranks)} weights that it changes "
-            f"{adapter.dense_numbers:,}: what the plan removes has a high rank. eckart apply makes a smaller model.",
+            f"The adapter holds {written.numbers:,} numbers, and the {len(written.ranks)} weights that it changes "
+            f"{written.dense_numbers:,}: what the plan removes has a high rank. eckart apply makes a smaller model.",
         )
         names = ("ranks", "numbers", "dense_numbers", "difference", "pointless")
-        facts = {name: getattr(adapter, name) for name in names}
-        return Outcome({"to": to, "out": out, **facts}, notes if adapter.pointless else ())
+        facts = {name: getattr(written, name) for name in names}
+        return Outcome({"to": to, "out": out, **facts}, notes if written.pointless else ())
     model = load_model(source, device="cpu", dtype="float32" if to == "onnx" else "stored")
     check_finite(model)
+    adapted = None if adapter is None else put_on_(model, adapter)
     if to == "onnx":
         onnx = export_onnx(model, load_tokenizer(source), out, quantize=quantize, seed=seed)  # pyright: ignore[reportArgumentType]
         return Outcome({"to": to, "out": out, **vars(onnx)}, onnx=onnx)
+    if adapted is not None:
+        model = adapted.merge_and_unload()
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
     factored = len(low_rank_layers(model))
     if factored:
@@ -309,11 +320,20 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _write_model(proto: Any, path: Path, quantize: Quantize) -> int:
+def _adapter_weights(model: nn.Module) -> list[Tensor]:
+    """What adapters of PEFT add to a model."""
+    return [weight.detach() for name, weight in model.named_parameters() if ".lora_" in name]
+
+
+def _write_model(proto: Any, path: Path, quantize: Quantize, fine: Sequence[Tensor] = ()) -> int:
     """Write the file, two of them where one cannot hold the weights; give their bytes."""
     import onnx
+    from onnx import numpy_helper
 
-    quantize_(proto, quantize)
+    # The exporter renames the weights that it turns, so that they are known by what they hold.
+    contents = {array.tobytes() for weight in fine for array in (weight.numpy(), weight.numpy().T)}
+    held = proto.graph.initializer if fine else ()
+    quantize_(proto, quantize, {t.name for t in held if numpy_helper.to_array(t).tobytes() in contents})
     proto.producer_name, proto.doc_string = "eckart", ""
     del proto.metadata_props[:]
     options: dict[str, Any] = {}
@@ -415,7 +435,7 @@ def _check(model: Any, written: Path, target: Path, size: int, quantize: Quantiz
     runners = ["onnxruntime"]
     if _genai_agrees(written, prompts.numpy(), exported, steps):
         runners.append("onnxruntime-genai")
-    dense = sizes(model)[1].parameters * 4
+    dense = 4 * (sizes(model)[1].parameters - sum(weight.numel() for weight in _adapter_weights(model)))
     agreement = mean(same.reshape(-1), "fraction")
     return Exported(target, quantize, size, dense, agreement, difference, tuple(runners))
 

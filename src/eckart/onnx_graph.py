@@ -1,4 +1,4 @@
-"""What is done to an ONNX graph before it is written: tidied, and its weights in 8 or 4 bits. No idea what a model is.
+"""What is done to an ONNX graph before it is written: tidied, and its weights in few bits. No idea what a model is.
 
 Notation: a MatMul has a weight of shape (K, N), K features in and N out; each column is cut into blocks of consecutive
 entries, and every block has one scale.
@@ -7,16 +7,18 @@ entries, and every block has one scale.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Quantize = Literal["none", "int8", "int4"]
-BITS: dict[Quantize, int] = {"int8": 8, "int4": 4}
-BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16)}
-"""Lengths of blocks to choose from: in 4 bits a block of 128 entries costs too much accuracy."""
+Quantize = Literal["none", "int8", "int4", "int2"]
+BITS: dict[Quantize, int] = {"int8": 8, "int4": 4, "int2": 2}
+BLOCKS = {8: (128, 64, 32, 16), 4: (32, 16), 2: (32,)}
+"""Lengths of blocks to choose from: in few bits a block of 128 entries costs too much accuracy."""
+FINE = 8
+"""Bits of what a model cannot bear coarser: tables of embeddings, and corrections of rounded weights."""
 CONTRIB = "com.microsoft"
 
 
@@ -61,8 +63,8 @@ def tidy_(graph: Any) -> None:
     _set_nodes(graph, [*again.values(), *kept])
 
 
-def quantize_(model: Any, how: Quantize) -> None:
-    """Keep constant weights as 8- or 4-bit integers with a scale for every block of a column (or row, of a table).
+def quantize_(model: Any, how: Quantize, fine: Collection[str] = ()) -> None:
+    """Keep constant weights as 8-, 4- or 2-bit integers with a scale for every block of a column (or row, of a table).
 
     A product with one reads its activations as 8-bit integers, too, where the machine has the instructions. Tables of
     embeddings, and weights that are tied to one, stay at 8 bits: they decide the logits. What is no weight of a linear
@@ -70,7 +72,8 @@ def quantize_(model: Any, how: Quantize) -> None:
 
     Args:
         model: A `ModelProto`, tidied. Modified.
-        how: `int8` or `int4`; `none` does nothing.
+        how: `int8`, `int4` or `int2`; `none` does nothing.
+        fine: Names of weights that stay at 8 bits, too.
     """
     from onnx import helper, numpy_helper
 
@@ -86,10 +89,9 @@ def quantize_(model: Any, how: Quantize) -> None:
 
     def store(name: str, rows: NDArray[np.float32], bits: int) -> tuple[int, int] | None:
         """Add the integers and scales of a weight of shape (N, K), once; give its bits and length of blocks."""
-        # A table's rows are read as they lie, so that padding would become part of them.
-        lengths = [length for length in BLOCKS[bits] if name not in tables or rows.shape[1] % length == 0]
-        if name not in stored and lengths:
-            stored[name] = bits, choose_block(rows.shape[1], lengths, bits)
+        block = block_of(rows.shape[1], bits, table=name in tables)
+        if name not in stored and block is not None:
+            stored[name] = bits, block
             packed, scales = pack(rows, *stored[name])
             graph.initializer.append(numpy_helper.from_array(packed, f"{name}.integers"))
             graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scales"))
@@ -110,7 +112,7 @@ def quantize_(model: Any, how: Quantize) -> None:
         if tensor is not None and len(tensor.dims) == 2 and fits:
             array = numpy_helper.to_array(tensor)
             rows = array if as_rows else array.T
-            bits = 8 if name in tables else BITS[how]
+            bits = FINE if name in tables or name in fine else BITS[how]
             format_ = store(name, rows, bits) if array.dtype == np.float32 and array.size else None
             if format_ is not None:
                 attributes: dict[str, Any] = {"bits": format_[0], "block_size": format_[1]}
@@ -149,25 +151,37 @@ def _tables(nodes: Sequence[Any]) -> set[str]:
     return {node.input[0] for node in nodes if node.op_type == "Gather" and node.input[1] in tokens}
 
 
-def choose_block(entries: int, lengths: Sequence[int], bits: int) -> int:
+def block_of(entries: int, bits: int, *, table: bool = False) -> int | None:
     """Choose the length of the blocks that stores a column in the fewest bytes, its padding and scales counted.
 
     Args:
-        entries: Of a column.
-        lengths: To choose from.
-        bits: Of an integer.
+        entries: Of a column, or of a table's row.
+        bits: Of an integer: 8, 4 or 2.
+        table: Rows are read as they lie, so that padding would become part of them.
 
     Returns:
-        One of `lengths`; the longest of equals.
+        One of `BLOCKS`, the longest of equals; None where no block fits a table, which stays as it is.
 
-    >>> choose_block(1024, (128, 64, 32), 8), choose_block(64, (128, 64, 32), 8)
-    (128, 64)
+    >>> block_of(1024, 8), block_of(64, 8), block_of(100, 8, table=True)
+    (128, 64, None)
     """
+    lengths = [length for length in BLOCKS[bits] if not table or entries % length == 0]
+    return min(sorted(lengths, reverse=True), key=lambda length: _column_bytes(entries, bits, length), default=None)
 
-    def size(length: int) -> int:
-        return -(-entries // length) * (length * bits // 8 + 4)
 
-    return min(sorted(lengths, reverse=True), key=size)
+def packed_bytes(shape: tuple[int, int], bits: int) -> int:
+    """Count what a weight of shape (N, K) takes as integers and scales.
+
+    >>> packed_bytes((10, 64), 4), packed_bytes((10, 64), 8)
+    (400, 680)
+    """
+    block = block_of(shape[1], bits)
+    assert block is not None
+    return shape[0] * _column_bytes(shape[1], bits, block)
+
+
+def _column_bytes(entries: int, bits: int, block: int) -> int:
+    return -(-entries // block) * (block * bits // 8 + 4)
 
 
 def pack(rows: NDArray[np.float32], bits: int, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -175,12 +189,12 @@ def pack(rows: NDArray[np.float32], bits: int, block: int) -> tuple[NDArray[np.u
 
     Args:
         rows: Shape (N, K). Not modified.
-        bits: 8 or 4.
+        bits: 8, 4 or 2.
         block: Entries that share a scale.
 
     Returns:
-        Integers, shape (N, blocks, block * bits / 8), where 2**(bits - 1) stands for zero and of two in a byte the
-        first is the low half; and scales, shape (N, blocks). The last block is filled up with zeros.
+        Integers, shape (N, blocks, block * bits / 8), where 2**(bits - 1) stands for zero and of several in a byte the
+        first are the low bits; and scales, shape (N, blocks). The last block is filled up with zeros.
     """
     from onnxruntime.capi import _pybind_state  # what its own quantizer calls
 
@@ -191,9 +205,45 @@ def pack(rows: NDArray[np.float32], bits: int, block: int) -> tuple[NDArray[np.u
     packed = np.zeros((count, blocks, block * bits // 8), np.uint8)
     scales = np.zeros((count, blocks), np.float32)
     zeros = np.zeros((count, -(-blocks * bits // 8)), np.uint8)
-    quantize = native.quantize_matmul_4bits if bits == 4 else native.quantize_matmul_8bits
+    quantize = getattr(native, f"quantize_matmul_{bits}bits")
     quantize(packed, columns, scales, zeros, block, count, blocks * block, True)
     return packed, scales
+
+
+def unpack(packed: NDArray[np.uint8], scales: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Multiply integers with their scales.
+
+    Args:
+        packed: From `pack`, shape (N, blocks, bytes). Not modified.
+        scales: From `pack`, shape (N, blocks). Not modified.
+        bits: As for `pack`.
+
+    Returns:
+        Shape (N, blocks * block), with the zeros that the last block was filled up with.
+    """
+    parts = np.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    values = parts.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (bits - 1)
+    return (values * scales[..., None]).reshape(len(scales), -1)
+
+
+def rounded(rows: NDArray[np.float32], bits: int, *, table: bool = False) -> NDArray[np.float32]:
+    """Give the weight that a file computes with, if this one is exported in so many bits.
+
+    What is rounded already is not changed, so that it can be saved and exported later.
+
+    Args:
+        rows: Shape (N, K). Not modified.
+        bits: 8, 4 or 2.
+        table: It is looked up by token.
+
+    Returns:
+        Shape (N, K).
+
+    >>> rounded(np.array([[-8.0, 0.2, 3.4]], np.float32), 4)
+    array([[-8.,  0.,  3.]], dtype=float32)
+    """
+    block = block_of(rows.shape[1], bits, table=table)
+    return rows if block is None else unpack(*pack(rows, bits, block), bits)[:, : rows.shape[1]]
 
 
 def _set_nodes(graph: Any, nodes: list[Any]) -> None:

@@ -318,7 +318,10 @@ class RecoverSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["factors", "lora"] = Field(default="factors", description="train both factors, or LoRA on each")
+    method: Literal["factors", "lora", "repair"] = Field(
+        default="factors",
+        description="train both factors, or LoRA on each; or round a dense model and correct it in closed form",
+    )
     loss: Literal["lm", "kl", "both"] = Field(
         default="both", description="the next token, divergence from the teacher, or their sum"
     )
@@ -328,7 +331,9 @@ class RecoverSettings(BaseModel):
         description="start from the model as it is, or with its last components replaced by the best correction of "
         "the others towards the teacher's weights, in the metric of weights or of outputs",
     )
-    rank: int = Field(default=8, ge=1, description="components that 'init' replaces, and rank of 'lora'")
+    rank: int = Field(default=8, ge=1, description="components that 'init' replaces, and rank of 'lora' and 'repair'")
+    bits: Literal[8, 4, 2] = Field(default=4, description="of the weights that 'repair' rounds")
+    rounds: int = Field(default=4, ge=1, description="roundings and corrections in turn, of 'repair'")
     adapter: bool = Field(default=False, description="leave LoRA beside the model as a PEFT adapter, not merged")
     refine: int = Field(default=0, ge=0, description="passes in which each block first learns the dense block's output")
     refine_lr: float = Field(default=1e-3, gt=0, description="learning rate of 'refine'")

@@ -23,7 +23,7 @@ from eckart.linear import FactoredLinear
 from eckart.quantizer import Size
 from eckart.recipe import RecoverSettings
 from eckart.refinement import refine_block_, stacks_of
-from eckart.results import Gain, Measurement, paired_gain, perplexity
+from eckart.results import Gain, Measurement, paired_gain
 from eckart.scoring import LOSS_UNIT
 from eckart.tasks import Task
 from eckart.training import (
@@ -32,7 +32,7 @@ from eckart.training import (
     Point,
     Progress,
     Training,
-    mean_loss,
+    measured,
     planned_steps,
     read_state,
     spread,
@@ -176,11 +176,6 @@ def check(model: nn.Module, tokenizer: Any, settings: RecoverSettings, teacher: 
             )
 
 
-def _measured(losses: NDArray[np.float64], window: int) -> dict[str, Measurement]:
-    ratio = perplexity(losses, np.full(len(losses), window - 1))
-    return {"loss": mean_loss(losses, window), "perplexity": ratio}
-
-
 def _recover(job: Job, dtypes: Mapping[str, torch.dtype]) -> Recovery:
     settings, model, teacher = job.settings, job.model, job.teacher
     started = time.perf_counter()
@@ -212,7 +207,7 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype]) -> Recovery:
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype)).to(parameter.dtype)
     after = job.losses(model, job.windows.test)
     before, theirs = losses["before"], losses.get("teacher")
-    test = {name: _measured(found, settings.window) for name, found in (losses | {"after": after}).items()}
+    test = {name: measured(found, settings.window) for name, found in (losses | {"after": after}).items()}
     seconds = run.seconds | {"prepare": prepared - started}
     return Recovery(
         curve=tuple(run.curve),

@@ -341,6 +341,41 @@ def _recover_page(results: Json) -> Json:
     }
 
 
+def _repair_page(results: Json) -> Json:
+    """What the report of a repair shows."""
+    test, gain, size = results["test"], results["gain"], results["bytes"]
+    low, high = _interval(gain)
+    bits = f"{results['bits']}{HARD_SPACE}bits"
+    changed = "lowers" if high < 0 else "raises" if low > 0 else "does not surely change"
+    whole = size["rounded"] + size["corrections"]
+    return {
+        "title": f"Repair on {results['data']['name']}",
+        "verdict": (
+            f"Repair {changed} the perplexity of the weights in {bits}: from "
+            f"{_measurement(test['rounded']['perplexity'])} to {_measurement(test['after']['perplexity'])} (loss "
+            f"{_signed(gain['value'], 3)} nats/token, 95{HARD_SPACE}% interval {_span(low, high)}), on "
+            f"{_count(gain['count'])} windows that took no part. As it was, the model had "
+            f"{_measurement(test['before']['perplexity'])}."
+        ),
+        "effort": (
+            f"The weights take {_bytes(size['dense'])} as they were, {_bytes(size['rounded'])} rounded, and "
+            f"{_bytes(whole)} with the corrections in 8{HARD_SPACE}bits. Nothing was trained."
+        ),
+        "rows": [
+            ("as it was", test["before"], None),
+            (f"in {bits}", test["rounded"], None),
+            ("repaired", test["after"], gain),
+        ],
+        "against": results["dense_gain"],
+        "matrices": [
+            {**row, "left": row["error_repaired"] / row["error_rounded"] if row["error_rounded"] else 1.0}
+            for row in results["matrices"]
+        ],
+        "plots": None,
+        "plotly": "",
+    }
+
+
 def _learning_curve(points: list[Json], best: int) -> Json | None:
     """Coordinates of the held-out loss against the steps, in a box of 640 by 260."""
     shown = [p for p in points if _finite(p["held_out"]["value"]) and _finite(p["held_out"]["stderr"])]
@@ -373,6 +408,7 @@ def _learning_curve(points: list[Json], best: int) -> Json | None:
 
 
 PAGES = {
+    "repair": (_repair_page, "repair.html.j2"),
     "recover": (_recover_page, "recover.html.j2"),
     "compress": (_compress_page, "compress.html.j2"),
     "search": (_search_page, "report.html.j2"),

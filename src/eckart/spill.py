@@ -26,7 +26,7 @@ class Spill:
         self._numbers: dict[str, Any] = {}
 
     def check(self, about: dict[str, Any]) -> None:
-        """Refuse a folder that holds the work of another compression, and take up what this one finished.
+        """Refuse a folder that holds other work, and take up what this one finished.
 
         Raises:
             OutputError: It was begun with other weights, text, settings or code.
@@ -41,7 +41,7 @@ class Spill:
             differing = [name for name in about if before.get(name) != about[name]]
             if differing:
                 raise OutputError(
-                    f"{self.folder} holds an unfinished compression with other {', '.join(differing)}. "
+                    f"{self.folder} holds unfinished work with other {', '.join(differing)}. "
                     "Work goes on only where nothing changed. Choose another --out, or remove the folder."
                 )
         else:

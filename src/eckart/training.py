@@ -237,6 +237,19 @@ def mean_loss(losses: NDArray[np.float64], window: int) -> Measurement:
     return Measurement(math.log(ratio.value), ratio.stderr / ratio.value, ratio.count, LOSS_UNIT)
 
 
+def measured(losses: NDArray[np.float64], window: int) -> dict[str, Measurement]:
+    """Sum up the losses of windows of equal length.
+
+    Args:
+        losses: As for `mean_loss`.
+        window: As for `mean_loss`.
+
+    Returns:
+        `loss` and `perplexity`.
+    """
+    return {"loss": mean_loss(losses, window), "perplexity": perplexity(losses, np.full(len(losses), window - 1))}
+
+
 class Training:
     """Training: its position, and what a file holds of it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,8 +17,9 @@ def export(
     model: Model,
     out: Out,
     to: Annotated[str, typer.Option(help="onnx, dense, peft, gguf or pte.", show_default=False)],
-    quantize: Annotated[str, typer.Option(help="Weights of an onnx file: none, int8 or int4.")] = "none",
+    quantize: Annotated[str, typer.Option(help="Weights of an onnx file: none, int8, int4 or int2.")] = "none",
     plan: Annotated[Path | None, typer.Option(help="For peft: the plan, or the folder of a run.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter of PEFT, to export, too.")] = None,
     seed: Seed = None,
     force: Force = False,
     json: Json = False,
@@ -30,7 +31,8 @@ def export(
         from eckart.results import to_json
 
         errors.print("Exporting; for onnx this takes from half a minute to a few.")
-        found = run_export(model, to, out, quantize=quantize, plan_path=plan, seed=seed or 0, force=force)
+        options: dict[str, Any] = {"quantize": quantize, "plan_path": plan, "adapter": adapter}
+        found = run_export(model, to, out, **options, seed=seed or 0, force=force)
         if json:
             sys.stdout.write(to_json(found.facts))
         else:

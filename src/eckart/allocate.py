@@ -66,14 +66,16 @@ def make_curve(name: str, ranks: NDArray[np.int64], costs: Floats, tails: Floats
         name: Of the curve.
         ranks: Ascending; the last one keeps everything.
         costs: At these ranks.
-        tails: From `tails_of`.
+        tails: Squared errors at ranks from 0, as from `tails_of`.
         group: As in `Curve`.
 
     Returns:
         The curve.
     """
-    # A rank at which factors take as much as the dense weight is no choice: the weight stays dense.
-    allowed = (costs < costs[-1]) | (ranks == ranks[-1])
+    # A rank at which factors take as much as the dense weight is no choice: the weight stays dense. Nor is one at which
+    # no less is lost than at a lower one, which structures have.
+    least = np.minimum.accumulate(np.append(np.inf, tails[ranks]))[:-1]
+    allowed = (costs < costs[-1]) & (tails[ranks] < least) | (ranks == ranks[-1])
     ranks, costs = ranks[allowed], costs[allowed]
     # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
     last = np.append(np.diff(costs) > 0, True)

@@ -328,6 +328,12 @@ def test_registering_again_does_nothing():
         },
         {"layers": {"model.layers.1.mlp": {"storage": "factored", "shape": [48, 32], "rank": 4}}},
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "factored", "shape": [48, 32], "rank": 3}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "rank": 3}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "rank": 3, "grid": 5}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "rank": 9, "grid": 4}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "grid": 4}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "grid": "4"}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "factored", "shape": [48, 32], "rank": 3, "grid": -1}}},
         {"layers": {}},
         {"layers": {"__class__": {"storage": "factored", "shape": [48, 32], "rank": 3}}},
     ],
@@ -343,13 +349,14 @@ def test_a_config_that_was_tampered_with_is_refused(change, tiny_llama_folder, t
         eckart.load(str(folder))
 
 
-KINDS = ["dense", "factored", "pivoted", "row_blocked", "selected", "experts"]
+KINDS = ["dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch"]
 ENTRIES = st.recursive(
     st.builds(
         StoredLayer,
         storage=st.sampled_from(KINDS),
         shape=st.tuples(st.integers(0, 9), st.integers(0, 9)),
         rank=st.none() | st.integers(0, 9),
+        grid=st.none() | st.integers(0, 9),
         transposed=st.booleans(),
         ordered=st.booleans(),
     ),

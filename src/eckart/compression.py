@@ -28,6 +28,7 @@ from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
+from eckart.factoring import Factors
 from eckart.matrices import (
     Matrix,
     coverage,
@@ -37,14 +38,16 @@ from eckart.matrices import (
     read,
     write,
 )
+from eckart.monarch import Monarch
 from eckart.noise import rank_by
-from eckart.plan import MadeBy, Plan, PlannedModel
+from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
 from eckart.recipe import CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.spill import Spill
+from eckart.structures import errors_of, make, prepare
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
@@ -84,7 +87,7 @@ class Compression:
     """What `compress` made: a plan and the factors that go with it."""
 
     plan: Plan
-    factors: dict[str, Spectrum]
+    factors: dict[str, Factors]
     """By the matrix's name; `eckart.factor_(model, plan, factors=…)` puts them into the model."""
     divergence: dict[str, Measurement]
     """From the original model, on calibration windows, of every allocation that was tried."""
@@ -444,7 +447,7 @@ class Steps:
             matrices = [matrix for unit in group for matrix in unit.matrices]
             moments: dict[str, Moments] = {}
             if self.settings.method != "svd":
-                gradients = self.settings.method in ("fwsvd", "double", "propagated")
+                gradients = self.settings.method in ("fwsvd", "double", "propagated", *STRUCTURES)
                 moments = collect(
                     self.model,
                     self.windows,
@@ -464,6 +467,9 @@ class Steps:
         return [self._curve(unit) for unit in self.units]
 
     def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+        if self.settings.method in STRUCTURES:
+            (matrix,) = unit.matrices
+            return prepare(read(self.model, matrix), moments[matrix.name], self.settings)
         kept: dict[str, Tensor] = {}
         for number, matrix in enumerate(unit.matrices):
             left, right = self._metric(moments.get(matrix.name))
@@ -508,10 +514,7 @@ class Steps:
         return dict(Counter(how for key in self._kept for how in self.work.numbers(f"roots of {key}") or ()))
 
     def _curve(self, unit: Unit) -> Curve:
-        tails = np.zeros(unit.full() + 1)
-        for spectrum in self.spectra(unit):
-            squares = spectrum.S.cpu().numpy() ** 2
-            tails[:-1] += squares[::-1].cumsum()[::-1]
+        tails = self._errors(unit)
         full, multiple = unit.full(), self.settings.multiple
         ranks = np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
         costs = (
@@ -519,12 +522,39 @@ class Steps:
             if self.settings.unit == "seconds"
             else costs_of(unit, ranks, self.settings, self.dtype)
         )
-        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense.
-        allowed = (costs < costs[-1]) | (ranks == full)
+        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense. Nor is one at
+        # which a structure loses more than at a lower one.
+        least = np.minimum.accumulate(np.append(np.inf, tails[ranks]))[:-1]
+        allowed = (costs < costs[-1]) & (tails[ranks] < least) | (ranks == full)
         ranks, costs = ranks[allowed], costs[allowed]
         # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
         last = np.append(np.diff(costs) > 0, True)
         return Curve(unit.name, ranks[last], costs[last], tails[ranks[last]], unit.matrices[0].type)
+
+    def _errors(self, unit: Unit) -> NDArray[np.float64]:
+        """The squared error in the metric at every rank from 0."""
+        tails = np.zeros(unit.full() + 1)
+        if self.settings.method in STRUCTURES:
+            found = self.work.tensors(unit.name)
+            assert found is not None
+            tails[:-1] = errors_of(found)[:-1]
+            return tails
+        for spectrum in self.spectra(unit):
+            squares = spectrum.S.cpu().numpy() ** 2
+            tails[:-1] += squares[::-1].cumsum()[::-1]
+        return tails
+
+    def _structure(self, unit: Unit, rank: int) -> Monarch:
+        """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
+        key = f"{unit.name} at {rank}"
+        kept = self.work.tensors(key)
+        if kept is None:
+            prepared = self.work.tensors(unit.name)
+            assert prepared is not None
+            found = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
+            kept = vars(found)
+            self.work.keep(key, kept)
+        return Monarch(**kept)
 
     def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a unit takes for one token at every rank; experts as if each took its turn."""
@@ -655,6 +685,9 @@ class Steps:
     def _cut(self, unit: Unit, rank: int) -> None:
         if rank == unit.full():
             return
+        if self.settings.method in STRUCTURES:
+            write(self.model, unit.matrices[0], self._structure(unit, rank).dense())
+            return
         for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
             up, down = spectrum.factors(rank)
             write(self.model, matrix, up @ down)
@@ -694,10 +727,13 @@ class Steps:
 
     # Step 3: cut.
 
-    def factors(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
+    def factors(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
         """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
+        if self.settings.method in STRUCTURES:
+            cut = [unit for unit in self.units if ranks[unit.name] < unit.full()]
+            return {unit.name: self._structure(unit, ranks[unit.name]) for unit in cut}
         found = self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks)
-        return of_parts(self.units, found)
+        return {**of_parts(self.units, found)}
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         found: dict[str, Spectrum] = {}

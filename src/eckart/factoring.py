@@ -30,11 +30,14 @@ from eckart.linear import (
     cheapest_storage,
 )
 from eckart.matrices import Matrix, read, rows_of, write
-from eckart.plan import Edit, Plan
+from eckart.monarch import Monarch
+from eckart.plan import STRUCTURES, Edit, Plan
 from eckart.quantizer import Size, StoredLayer, attach_, replace_, sizes, stored_as
 from eckart.surgery import check_plan, clusters_of, components, replacement
 from eckart.truncation import Spectrum
 
+Factors = Spectrum | Monarch
+"""What replaces a matrix."""
 AT_MOST = 0.9
 """Share of the dense bytes that factors may take: with less saved they would cost time (see `cheapest_storage`)."""
 
@@ -69,7 +72,7 @@ class _Part:
 class _Making:
     """What `factor_` was told of how to make layers."""
 
-    factors: Mapping[str, Spectrum]
+    factors: Mapping[str, Factors]
     storage: Literal["factored", "pivoted"] | None
     at_most: float
 
@@ -80,7 +83,7 @@ def factor_(
     matrices: Sequence[Matrix] | None = None,
     *,
     force: bool = False,
-    factors: Mapping[str, Spectrum] | None = None,
+    factors: Mapping[str, Factors] | None = None,
     storage: Literal["factored", "pivoted"] | None = None,
     at_most: float = AT_MOST,
     spill: Path | None = None,
@@ -135,7 +138,7 @@ def factor_(
 
 
 def _edit_(
-    model: nn.Module, edits: list[tuple[Matrix, Edit]], factors: Mapping[str, Spectrum], file: Path | None
+    model: nn.Module, edits: list[tuple[Matrix, Edit]], factors: Mapping[str, Factors], file: Path | None
 ) -> None:
     """Edit a weight that stays dense, in place or in a file that is mapped into memory."""
     held = model.get_parameter(edits[0][0].parameter)
@@ -143,9 +146,14 @@ def _edit_(
         # A page of a mapped file that is written to stays in memory for as long as the file is mapped.
         held.data = held.data.clone()
     for matrix, edit in edits:
-        spectrum = factors.get(matrix.name)
-        weight = read(model, matrix)
-        write(model, matrix, replacement(weight, edit) if spectrum is None else truncation.dense(spectrum))
+        found = factors.get(matrix.name)
+        if found is None:
+            found = replacement(read(model, matrix), edit)
+        elif isinstance(found, Spectrum):
+            found = truncation.dense(found)
+        else:
+            found = found.dense()
+        write(model, matrix, found)
     if file is not None:
         held.data = _mapped({"weight": held.data}, file)["weight"]
 
@@ -198,7 +206,7 @@ def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making)
     joined = torch.cat([part.rows for part in parts])
     consecutive = torch.equal(joined, torch.arange(len(weight)))
     storages: list[Storage] = [_storage(part, weight, making) for part in parts]
-    numbers = sum(_bytes(storage, part, weight) for storage, part in zip(storages, parts))
+    numbers = sum(_bytes(storage, part, weight, making) for storage, part in zip(storages, parts))
     numbers += (0 if consecutive else 8 * len(weight)) + (0 if columns is None else 8 * len(columns))
     problem = _too_large(numbers, module.weight, making)
     if problem is not None:
@@ -215,6 +223,8 @@ def _linear(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making)
 def _experts(model: nn.Module, edits: list[tuple[Matrix, Edit]], making: _Making) -> LowRankLayer | str:
     """Make the layer that takes the place of stacked experts, or say why none does."""
     first = edits[0][0]
+    if any(edit.kind in STRUCTURES for _, edit in edits):
+        return f"experts have no {edits[0][1].kind} layer"
     stack = model.get_parameter(first.parameter).detach()
     weights = list(stack.mT if first.transposed else stack)
     parts = [
@@ -261,10 +271,10 @@ def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
     return sorted(parts, key=lambda part: int(part.rows[0]))
 
 
-def _pieces(part: _Part, factors: Mapping[str, Spectrum]) -> list[_Part]:
+def _pieces(part: _Part, factors: Mapping[str, Factors]) -> list[_Part]:
     """Part rows for which factors were given into those with numbers and those that they leave at zero."""
     spectrum = None if part.edit is None else factors.get(part.edit.matrix)
-    if spectrum is None:
+    if not isinstance(spectrum, Spectrum):
         return [part]
     zero = (spectrum.U == 0).all(1)
     kept, none = replace(spectrum, U=spectrum.U[~zero]), Spectrum(spectrum.U[zero, :0], spectrum.S[:0], spectrum.Vh[:0])
@@ -297,7 +307,16 @@ def _storage(part: _Part, weight: Tensor, making: _Making) -> Storage:
     return cheapest_storage((len(part.rows), weight.shape[1]), part.rank, weight.dtype, at_most=making.at_most)
 
 
-def _bytes(storage: Storage, part: _Part, weight: Tensor) -> int:
+def _structure(part: _Part, making: _Making) -> Monarch | None:
+    """What a part becomes that is no plain cut."""
+    found = None if part.edit is None else making.factors.get(part.edit.matrix)
+    return None if isinstance(found, Spectrum) else found
+
+
+def _bytes(storage: Storage, part: _Part, weight: Tensor, making: _Making) -> int:
+    structure = _structure(part, making)
+    if structure is not None:
+        return structure.bytes_stored(weight.dtype)
     return bytes_stored(storage, (len(part.rows), weight.shape[1]), part.rank or 0, weight.dtype)
 
 
@@ -309,8 +328,9 @@ def _spectrum(part: _Part, weight: Tensor, making: _Making) -> Spectrum:
     assert edit is not None
     if part.spectrum is not None:
         return part.spectrum
-    if edit.matrix in making.factors:
-        return making.factors[edit.matrix]
+    found = making.factors.get(edit.matrix)
+    if isinstance(found, Spectrum):
+        return found
     if edit.kind == "zero":
         precise = torch.promote_types(weight.dtype, torch.float32)
         out, into = rows.shape
@@ -326,6 +346,9 @@ def _block(
     """Make the layer of one part."""
     rows = part.rows.to(weight.device)
     part_bias = None if bias is None else bias[rows]
+    structure = _structure(part, making)
+    if structure is not None:
+        return structure.layer(bias=part_bias, dtype=weight.dtype)
     if storage != "dense":
         return STORAGES[storage].from_spectrum(_spectrum(part, weight, making), bias=part_bias, dtype=weight.dtype)
     values = weight[rows]

@@ -58,7 +58,7 @@ class LowRankLayer(nn.Module):
         Returns:
             Two for every number of its factors and token; adding the bias and ordering the rows are left out.
         """
-        return 2 * tokens * sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
+        return 2 * tokens * sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
 
     def dense(self) -> Tensor:
         """Multiply the weight out.

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eckart.errors import PlanError
 from eckart.results import SCHEMA_VERSION, read_json, to_json, write_text
 
+STRUCTURES = ("monarch",)
+"""Kinds of edit that are no cut to a low rank, and are made by `eckart compress` alone."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -22,7 +25,7 @@ class Edit(_Frozen):
     layer: int | None = Field(description="index of its block from 0")
     type: str = Field(description="LASER's word for its place")
     shape: tuple[int, int] = Field(description="(out, in)")
-    kind: Literal["low_rank", "zero", "magnitude", "shrink"] = "low_rank"
+    kind: Literal["low_rank", "zero", "magnitude", "shrink", "monarch"] = "low_rank"
     rho: float = Field(
         default=1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
     )
@@ -72,9 +75,13 @@ class Edit(_Frozen):
 
     @model_validator(mode="after")
     def _weighting_fits(self) -> Edit:
-        plain = self.kind == "low_rank" and self.basis == "top" and self.svd == "exact" and self.blocks == 1
-        if self.weighting != "none" and not plain:
-            raise ValueError(f"{self.matrix}: weighting goes with kind 'low_rank', basis 'top', svd 'exact', one block")
+        made = self.kind in STRUCTURES
+        plain = self.basis == "top" and self.svd == "exact" and self.blocks == 1
+        if (self.weighting != "none" or made) and not (plain and (made or self.kind == "low_rank")):
+            raise ValueError(
+                f"{self.matrix}: a weighting goes with kinds low_rank, {', '.join(STRUCTURES)}, and the latter and it "
+                "with basis 'top', svd 'exact', one block"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,13 +20,14 @@ from eckart.dataflow import low_rank_layers
 from eckart.errors import EckartError, ModelError
 from eckart.experts import FactoredExperts
 from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear, SelectedLinear
+from eckart.monarch import MonarchLinear
 
 METHOD = "eckart"
 SCHEMA_VERSION = 1
 MODELING = "modeling_eckart"
 """The modeling file of a portable folder, without `.py`."""
 
-STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts")
+STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch")
 """How a weight may be stored."""
 
 
@@ -34,17 +35,19 @@ STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts")
 class StoredLayer:
     """How one weight is stored: an entry of `quantization_config.layers` in config.json."""
 
-    storage: Literal["dense", "factored", "pivoted", "row_blocked", "selected", "experts"]
+    storage: Literal["dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch"]
     shape: tuple[int, int]
     """(out, in), whatever the order in which it was stored densely."""
     rank: int | None = None
-    """Of a factored or pivoted weight, and of each expert."""
+    """Of a factored or pivoted weight, of each expert, and of each block of a monarch weight."""
     transposed: bool = False
     """It was stored densely as (in, out)."""
     blocks: tuple[StoredLayer, ...] = ()
     """The groups of rows of a row-blocked weight; how the columns of a selected one are stored."""
     ordered: bool = False
     """The blocks' rows are not neighbours in order."""
+    grid: int | None = None
+    """Blocks along each side of a monarch weight."""
 
     @classmethod
     def from_json(cls, entry: Any) -> StoredLayer:
@@ -64,10 +67,11 @@ class StoredLayer:
         names = [field.name for field in fields(cls)]
         if not isinstance(entry, Mapping) or not {"storage", "shape"} <= entry.keys() <= set(names):
             raise ValueError(f"it has the fields {str(entry)[:80]}, and may have {', '.join(names)}")
-        shape, rank, blocks = entry["shape"], entry.get("rank"), entry.get("blocks", [])
+        shape, blocks = entry["shape"], entry.get("blocks", [])
+        sizes = [size for size in (entry.get("rank"), entry.get("grid")) if size is not None]
         if not isinstance(shape, (list, tuple)) or not isinstance(blocks, (list, tuple)):
             raise ValueError("a shape is a list, and so are blocks")
-        if not all(type(size) is int and size >= 0 for size in (*shape, 0 if rank is None else rank)):
+        if not all(type(size) is int and size >= 0 for size in (*shape, *sizes)):
             raise ValueError("sizes are integers that are not negative")
         layer = cls(**{**entry, "shape": tuple(shape), "blocks": tuple(map(cls.from_json, blocks))})
         if len(layer.shape) != 2 or layer.storage not in STORED:
@@ -268,6 +272,8 @@ def stored_as(layer: nn.Module, *, transposed: bool = False) -> StoredLayer:
         return StoredLayer(storage="selected", blocks=(stored_as(layer.inner),), **facts)
     if isinstance(layer, FactoredExperts):
         return StoredLayer(storage="experts", rank=layer.down.shape[1], **facts)
+    if isinstance(layer, MonarchLinear):
+        return StoredLayer(storage="monarch", rank=layer.rank, grid=layer.grid, **facts)
     if isinstance(layer, (FactoredLinear, PivotedLinear)):
         storage = "factored" if isinstance(layer, FactoredLinear) else "pivoted"
         return StoredLayer(storage=storage, rank=layer.rank, **facts)
@@ -397,6 +403,8 @@ def _empty(stored: StoredLayer, bias: bool, place: dict[str, Any]) -> Any:
         return SelectedLinear(_empty(block, bias, place), columns, into)
     if stored.storage == "dense":
         return nn.Linear(into, out, bias, **place)
+    if stored.storage == "monarch":
+        return MonarchLinear(into, out, stored.grid or 0, stored.rank or 0, bias, **place)
     return STORAGES["pivoted" if stored.storage == "pivoted" else "factored"](into, out, stored.rank, bias, **place)
 
 

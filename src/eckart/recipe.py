@@ -13,6 +13,7 @@ from eckart.encoding import BATCH_TOKENS
 from eckart.errors import RecipeError
 from eckart.matrices import expand_types
 from eckart.noise import FITS, RANK_RULES
+from eckart.plan import STRUCTURES
 from eckart.truncation import rank_of
 
 GUIDED_EXAMPLES = 100
@@ -20,7 +21,7 @@ AGREEMENT_POSITIONS = 32
 """Tokens of a window at which predictions are compared."""
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
-Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
+Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
 Allocate = Literal[
     "auto",
     "uniform",
@@ -248,7 +249,9 @@ class CompressSettings(Settings):
     latency: float | None = Field(
         default=None, gt=0, lt=1, description="kept fraction of the seconds that the matrices take for one token"
     )
-    method: Method = Field(default="propagated", description="metric in which every matrix is cut")
+    method: Method = Field(
+        default="propagated", description="metric in which every matrix is cut, or another structure"
+    )
     allocate: Allocate = Field(default="auto", description="how the budget is divided among matrices")
     storage: Literal["pivoted", "factored"] = Field(default="pivoted", description="how a cut matrix is stored")
     windows: int = Field(default=64, ge=1, description="windows of the calibration text that are read")
@@ -274,6 +277,14 @@ class CompressSettings(Settings):
     def _one_budget(self) -> CompressSettings:
         if sum(budget is not None for budget in (self.ratio, self.bytes, self.latency)) != 1:
             raise ValueError("give one of ratio, bytes and latency")
+        return self
+
+    @model_validator(mode="after")
+    def _components_exist(self) -> CompressSettings:
+        if self.method in STRUCTURES and self.allocate == "signed":
+            raise ValueError(
+                f"allocation 'signed' scores singular components, which method '{self.method}' has none of"
+            )
         return self
 
     @property

@@ -22,7 +22,7 @@ from eckart.clustering import (
 )
 from eckart.errors import MatrixError, ModelError, PlanError, RankError
 from eckart.matrices import Matrix, by_name, find_matrices, read, write
-from eckart.plan import Edit, Plan
+from eckart.plan import STRUCTURES, Edit, Plan
 from eckart.truncation import Basis, Spectrum
 
 
@@ -303,9 +303,10 @@ def check_plan(
                 "Shapes are (out, in). The plan was made for another model."
             )
     for edit in edits:
-        if edit.weighting != "none" and edit.matrix not in factors:
+        if (edit.weighting != "none" or edit.kind in STRUCTURES) and edit.matrix not in factors:
+            how = f"weighting '{edit.weighting}'" if edit.kind == "low_rank" else f"kind '{edit.kind}'"
             raise PlanError(
-                f"The plan cuts {edit.matrix} by weighting '{edit.weighting}', which depends on a calibration text. "
+                f"The plan cuts {edit.matrix} by {how}, which depends on a calibration text. "
                 "A plan holds no numbers, so weights alone cannot make it again. "
                 "Use the folder model/ that `eckart compress` wrote beside the plan, or run compress again."
             )

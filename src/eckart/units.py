@@ -19,7 +19,8 @@ from eckart.experts import FactoredExperts
 from eckart.factoring import obstacle
 from eckart.linear import STORAGES, bytes_stored
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
-from eckart.plan import Edit
+from eckart.monarch import MonarchLinear, grids
+from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
 from eckart.truncation import Spectrum
 
@@ -63,7 +64,7 @@ def find_units(
     experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
     units = []
     for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter)
+        reason = obstacle(model, matrix.parameter) or _unsuited(matrix, settings)
         siblings = tuple(whole[matrix.parameter, matrix.expert])
         if reason is not None:
             blocked[matrix.name] = reason
@@ -86,6 +87,15 @@ def find_units(
             "Linear layers and stacks of experts can be factored. Change --types."
         )
     return units, blocked
+
+
+def _unsuited(matrix: Matrix, settings: CompressSettings) -> str | None:
+    """Say why a matrix cannot have the structure that is asked for."""
+    if settings.method in STRUCTURES and matrix.expert is not None:
+        return f"experts have no {settings.method} layer"
+    if settings.method == "monarch" and not grids(matrix.shape):
+        return f"no grid divides {matrix.shape[0]} x {matrix.shape[1]} into equal blocks"
+    return None
 
 
 def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
@@ -111,6 +121,8 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
             return size * out * into * count
         if stacked:
             return size * FactoredExperts.rounded(rank) * (out + into) * count
+        if settings.method == "monarch":
+            return size * rank * (out + into)
         numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
         order = 8 * out if settings.storage == "pivoted" else 0
         return numbers if in_bytes else (numbers - order) / dtype.itemsize
@@ -133,7 +145,13 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
     full = min(shape)
     ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
     place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
+    layers: list[nn.Module]
+    if settings.method == "monarch":
+        grid = grids(shape)[0]
+        ranks = [rank for rank in ranks if rank % grid == 0] or [grid]
+        layers = [MonarchLinear(into, out, grid, rank // grid, False, **place) for rank in ranks]
+    else:
+        layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]
@@ -168,7 +186,8 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             shape=part.shape,
             rho=min(ranks[unit.name], part.rank) / part.rank,
             rank=min(ranks[unit.name], part.rank),
-            weighting="none" if settings.method == "svd" else settings.method,
+            kind=settings.method if settings.method in STRUCTURES else "low_rank",
+            weighting={"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method),
             stack=part.stack,
         )
         for unit in units

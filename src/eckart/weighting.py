@@ -68,6 +68,50 @@ class WeightedSpectrum:
         return self.left[:, :rank] * self.S[:rank], self.right[:rank]
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What the error of a weight is measured in: `tr(G D A D')` for a change D."""
+
+    outputs: Tensor
+    """G, shape (out, out), float64."""
+    inputs: Tensor
+    """A, shape (in, in), float64."""
+
+    @classmethod
+    def from_moments(cls, outputs: Tensor, inputs: Tensor, *, shrinkage: tuple[float, float] = (0.0, 0.0)) -> Metric:
+        """Make a metric of second moments, of which one that is zero counts as the identity.
+
+        Args:
+            outputs: Of the loss's gradients at the outputs, shape (out, out), any floating dtype. Not modified.
+            inputs: Of the inputs, shape (in, in). Not modified.
+            shrinkage: Share of the identity that is mixed into each, as for `square_root`.
+
+        Returns:
+            The metric.
+
+        Raises:
+            ModelError: An entry is not finite.
+        """
+        found = []
+        for moment, share in zip((outputs, inputs), shrinkage):
+            moment = _finite(moment).double()
+            moment = shrunk((moment + moment.T) / 2, share)
+            known = bool(moment.diagonal().mean() > 0)
+            found.append(moment if known else torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+        return cls(*found)
+
+    def error(self, change: Tensor) -> float:
+        """Give the error that a change causes.
+
+        Args:
+            change: D, shape (out, in), float64. Not modified.
+
+        Returns:
+            `tr(G D A D')`, not negative but for rounding.
+        """
+        return float((self.outputs @ change @ self.inputs * change).sum())
+
+
 def diagonal_root(scales: Tensor) -> Root:
     """Make the root of a diagonal metric.
 

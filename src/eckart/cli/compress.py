@@ -31,7 +31,7 @@ def compress(
         float | None, typer.Option(help="Kept fraction of the matrices' time for one token, measured here.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="svd, fwsvd, asvd, whiten, double or propagated.  [default: propagated]")
+        str | None, typer.Option(help="svd, fwsvd, asvd, whiten, double, propagated; monarch.  [default: propagated]")
     ] = None,
     allocate: Annotated[
         str | None,

@@ -15,7 +15,7 @@ LAYERS = [
     {"clustering", "spectrum", "noise", "weighting"},
     {"onnx_graph", "onnx_runner"},
     {"linear"},
-    {"experts", "monarch"},
+    {"experts", "monarch", "sparse"},
     {"dataflow"},
     {"quantizer"},
     {"portable", "vllm_plugin"},

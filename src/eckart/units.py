@@ -19,9 +19,9 @@ from eckart.experts import FactoredExperts
 from eckart.factoring import obstacle
 from eckart.linear import STORAGES, bytes_stored
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
-from eckart.monarch import MonarchLinear, grids
 from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
+from eckart.structures import cost_at, layers_at, unsuited
 from eckart.truncation import Spectrum
 
 
@@ -64,7 +64,9 @@ def find_units(
     experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
     units = []
     for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter) or _unsuited(matrix, settings)
+        reason = obstacle(model, matrix.parameter) or unsuited(matrix.shape, settings)
+        if settings.method in STRUCTURES and matrix.expert is not None:
+            reason = f"experts have no {settings.method} layer"
         siblings = tuple(whole[matrix.parameter, matrix.expert])
         if reason is not None:
             blocked[matrix.name] = reason
@@ -87,15 +89,6 @@ def find_units(
             "Linear layers and stacks of experts can be factored. Change --types."
         )
     return units, blocked
-
-
-def _unsuited(matrix: Matrix, settings: CompressSettings) -> str | None:
-    """Say why a matrix cannot have the structure that is asked for."""
-    if settings.method in STRUCTURES and matrix.expert is not None:
-        return f"experts have no {settings.method} layer"
-    if settings.method == "monarch" and not grids(matrix.shape):
-        return f"no grid divides {matrix.shape[0]} x {matrix.shape[1]} into equal blocks"
-    return None
 
 
 def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
@@ -121,8 +114,8 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
             return size * out * into * count
         if stacked:
             return size * FactoredExperts.rounded(rank) * (out + into) * count
-        if settings.method == "monarch":
-            return size * rank * (out + into)
+        if settings.method in STRUCTURES:
+            return cost_at((out, into), rank, settings, dtype)
         numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
         order = 8 * out if settings.storage == "pivoted" else 0
         return numbers if in_bytes else (numbers - order) / dtype.itemsize
@@ -145,13 +138,11 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
     full = min(shape)
     ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
     place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers: list[nn.Module]
-    if settings.method == "monarch":
-        grid = grids(shape)[0]
-        ranks = [rank for rank in ranks if rank % grid == 0] or [grid]
-        layers = [MonarchLinear(into, out, grid, rank // grid, False, **place) for rank in ranks]
+    if settings.method in STRUCTURES:
+        built = layers_at(shape, ranks, settings, place)
     else:
-        layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
+        built = [(rank, STORAGES[settings.storage](into, out, rank, False, **place)) for rank in ranks]
+    ranks, layers = [rank for rank, _ in built], [layer for _, layer in built]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]

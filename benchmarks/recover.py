@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/recover.py SHARED [PART …]
 
 SHARED holds models/ and text/; parts are `same`, `new`, `init`, `method`, `teacher`, `table` (all by default). Models
-are cut to an equal share of every matrix (pivoted storage unless a part says otherwise) by the closed form in the
-metric of outputs, then trained. Text for training and for measuring are different files. Each case is kept in a JSON
-file beside this script when it is done, and is not measured again.
+start from what `eckart compress` makes of them by default (`compress`), or are cut to an equal share of every matrix by
+the closed form in the metric of outputs (`cut`; pivoted storage unless a part says otherwise), then trained. Text for
+training and for measuring are different files. Each case is kept in a JSON file beside this script when it is done, and
+is not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,9 @@ import eckart
 from eckart.dataflow import low_rank_layers
 from eckart.factoring import factor_
 from eckart.initialisation import dense_weights, initialise_, input_moments
-from eckart.matrices import find_matrices
+from eckart.matrices import find_matrices, read, write
 from eckart.plan import Edit
-from eckart.recipe import RecoverSettings
+from eckart.recipe import CompressSettings, RecoverSettings
 from eckart.recovery import recover
 from eckart.results import environment, paired_gain, perplexity, to_json, write_text
 from eckart.training import make_windows, window_losses
@@ -35,8 +37,8 @@ from eckart.training import make_windows, window_losses
 RESULTS = Path(__file__).parent / "results"
 WINDOW, TEST_WINDOWS = 256, 128
 KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
-STEPS = {"stories260K": 600, "pebble-7m": 60}
-RATE = {"stories260K": 4e-3, "pebble-7m": 1e-3}
+STEPS = {"stories260K": 400, "pebble-7m": 30}
+RATE = {"stories260K": 2e-3, "pebble-7m": 5e-4}
 
 
 def edits_of(model: Any, budget: float | str, *, pivoted: bool = True) -> list[Edit]:
@@ -89,8 +91,16 @@ class Case:
             initialise_(model, dense_weights(model, self.dense), 10**6, moments)
         return model
 
+    def compressed(self, shared: Path, ratio: float, **how: Any) -> Any:
+        """What `eckart compress` makes of the dense model; by default as the command does."""
+        settings = CompressSettings(ratio=ratio, **how)
+        found = eckart.compress(self.dense, self.tokenizer, self.text, settings)
+        model, _ = eckart.load(str(shared / "models" / self.name))
+        factor_(model, found.plan, factors=found.factors, storage=settings.storage)
+        return model
+
     def facts(self, model: Any) -> dict[str, Any]:
-        losses = self.losses(model)
+        losses = self.dense_losses if model is self.dense else self.losses(model)
         return {
             "perplexity": perplexity(losses, np.full(len(losses), WINDOW - 1)),
             "against_dense": paired_gain(self.dense_losses, losses, "nats/token"),
@@ -101,10 +111,11 @@ class Case:
     def recovered(self, model: Any, **settings: Any) -> dict[str, Any]:
         """Train a model, and measure it before and after."""
         chosen = RecoverSettings(
-            **{"steps": STEPS[self.name], "lr": RATE[self.name], "evaluations": 5, "patience": None} | settings
+            **{"steps": STEPS[self.name], "lr": RATE[self.name], "evaluations": 4, "patience": None} | settings
         )
         before, started = self.facts(model), time.process_time()
-        found = recover(model, self.tokenizer, self.text, chosen, teacher=self.dense)
+        with TemporaryDirectory() as state:  # the teacher's predictions are kept there
+            found = recover(model, self.tokenizer, self.text, chosen, teacher=self.dense, state=Path(state))
         return {
             "settings": chosen.model_dump(),
             "before": before,
@@ -121,13 +132,15 @@ class Case:
 def same(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Recovery on text of the same kind as the model's own."""
     for name, kind in KIND.items():
-        for budget in (0.8, 0.5, "half"):
+        for budget, start in ((0.8, "compress"), (0.5, "compress"), ("half", "cut"), (0.8, "cut")):
 
-            def measure(name: str = name, kind: str = kind, budget: float | str = budget) -> Any:
-                case = Case(shared, name, kind)
-                return {"dense": case.facts(case.dense)} | case.recovered(case.cut(shared, budget))
+            def measure(name: str = name, kind: str = kind, budget: Any = budget, start: str = start) -> Any:
+                case, began = Case(shared, name, kind), time.process_time()
+                model = (case.compressed if start == "compress" else case.cut)(shared, budget)
+                seconds = round(time.process_time() - began, 1)
+                return {"dense": case.facts(case.dense), "start_cpu_seconds": seconds} | case.recovered(model)
 
-            yield f"{name}, {kind}, {budget}", measure
+            yield f"{name}, {kind}, {budget}, {start}", measure
 
 
 def new(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -159,23 +172,94 @@ def init(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def method(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Factors against LoRA at equal bytes afterwards, in as many steps; LoRA at three learning rates."""
-    for budget in (0.8, 0.5):
-        for way, rate, rank in (
-            ("factors", 2e-3, 8),
-            ("lora", 2e-3, 8),
-            ("lora", 1e-2, 8),
-            ("lora", 5e-3, 16),
-        ):
+    """Factors against LoRA merged at equal bytes, in as many steps; LoRA at three learning rates."""
+    for way, rate, rank in (("factors", 2e-3, 8), ("lora", 5e-3, 8), ("lora", 1e-2, 8), ("lora", 5e-3, 16)):
 
-            def measure(budget: float = budget, way: str = way, rate: float = rate, rank: int = rank) -> Any:
-                case = Case(shared, "stories260K", "tinystories")
-                return case.recovered(case.cut(shared, budget), method=way, lr=rate, rank=rank, steps=120)
+        def measure(way: str = way, rate: float = rate, rank: int = rank) -> Any:
+            case = Case(shared, "stories260K", "tinystories")
+            return case.recovered(case.cut(shared, 0.8), method=way, lr=rate, rank=rank, steps=120)
 
-            yield f"stories260K, {budget}, {way}, rate {rate}, rank {rank}", measure
+        yield f"stories260K, 0.8, {way}, rate {rate}, rank {rank}", measure
 
 
-PARTS = {"same": same, "new": new, "init": init, "method": method}
+def teacher(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """How many of the teacher's predictions have to be kept."""
+    for top in (8, 64, None):
+
+        def measure(top: int | None = top) -> Any:
+            case = Case(shared, "stories260K", "tinystories")
+            return case.recovered(case.cut(shared, 0.8), teacher_top=top, loss="kl", steps=120)
+
+        yield f"stories260K, 0.8, top {top or 'all'}", measure
+
+
+def monarch(weight: torch.Tensor, numbers: int) -> torch.Tensor:
+    """The closest matrix whose slices have one low rank, with at most so many numbers.
+
+    Entries are W[(a, b), (c, d)], with a, b and c, d as near as factors of the sizes come; for each b and c the slice
+    over a and d is cut. At rank 1 that is the projection of Dao et al. 2022, arXiv 2204.00595.
+    """
+    (a, b), (c, d) = ((size // part, part) for size in weight.shape for part in [_factor_near_root(size)])
+    slices = weight.double().reshape(a, b, c, d).permute(1, 2, 0, 3)
+    rank = max(1, min(numbers // (b * c * (a + d)), a, d))
+    U, S, Vh = torch.linalg.svd(slices, full_matrices=False)
+    found = U[..., :rank] * S[..., None, :rank] @ Vh[..., :rank, :]
+    return found.permute(2, 0, 1, 3).reshape(weight.shape).to(weight.dtype)
+
+
+def _factor_near_root(size: int) -> int:
+    return min((part for part in range(1, size + 1) if size % part == 0), key=lambda part: abs(part - size / part))
+
+
+def table(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What can be done without training at rank = half of the smaller side, factored. Its trained rows are `init`'s."""
+
+    def edited(case: Case) -> Any:
+        model, _ = eckart.load(str(shared / "models" / case.name))
+        edits = {edit.matrix: edit for edit in edits_of(model, "half")}
+        with torch.no_grad():
+            for matrix in find_matrices(model):
+                if matrix.name in edits:
+                    numbers = edits[matrix.name].rank * sum(matrix.shape)
+                    write(model, matrix, monarch(read(model, matrix), numbers))
+        return model
+
+    def corrected(case: Case, moments: bool) -> Any:
+        model = case.cut(shared, "half", "asvd", pivoted=False)
+        windows = make_windows(case.text, case.tokenizer, RecoverSettings(), None).train[:64]
+        seen = input_moments(case.dense, list(low_rank_layers(model)), windows.split(8)) if moments else None
+        initialise_(model, dense_weights(model, case.dense), 8, seen)
+        return model
+
+    def allocated(case: Case, **how: Any) -> Any:
+        edits = edits_of(case.dense, "half")
+        share = sum(edit.rank * sum(edit.shape) for edit in edits) / sum(math.prod(edit.shape) for edit in edits)
+        return case.compressed(shared, share, **how)
+
+    ways: dict[str, Callable[[Case], Any]] = {
+        "dense": lambda case: case.dense,
+        "svd": lambda case: case.cut(shared, "half", "weights", pivoted=False),
+        "asvd": lambda case: case.cut(shared, "half", "asvd", pivoted=False),
+        "monarch": edited,
+        "asvd, sensitivity": lambda case: allocated(
+            case, method="asvd", allocate="sensitivity", storage="factored", windows=16
+        ),
+        "asvd, correction": lambda case: corrected(case, moments=False),
+        "asvd, correction of outputs": lambda case: corrected(case, moments=True),
+        "outputs": lambda case: case.cut(shared, "half", pivoted=False),
+        "compress": allocated,
+    }
+    for name, kind in KIND.items():
+        for way, make in ways.items():
+
+            def measure(name: str = name, kind: str = kind, make: Callable[[Case], Any] = make) -> Any:
+                case = Case(shared, name, kind)
+                return {"after": case.facts(make(case))}
+
+            yield f"{name}, {kind}, {way}", measure
+
+
+PARTS = {"same": same, "new": new, "init": init, "method": method, "teacher": teacher, "table": table}
 
 
 def main() -> None:

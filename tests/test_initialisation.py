@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import tiny_models as tiny
 from eckart.dataflow import low_rank_layers
 from eckart.factoring import factor_
-from eckart.initialisation import correction, dense_weights, initialise_, input_moments, merged
-from eckart.linear import FactoredLinear, SelectedLinear
+from eckart.initialisation import balance_, correction, dense_weights, initialise_, input_moments, merged, pivot_
+from eckart.linear import FactoredLinear, PivotedLinear, SelectedLinear
 from eckart.matrices import find_matrices
 from eckart.surgery import make_edit
 from eckart.truncation import cut, decompose
@@ -135,6 +135,29 @@ def test_every_storage_takes_the_start_at_unchanged_rank(name, storage, metric):
         assert torch.isfinite(layer.dense()).all()
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=batches[0]).logits).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])  # in bloom pivoted blocks lie in row-blocked layers
+def test_balanced_layers_are_the_same_matrices_with_factors_of_equal_norm_and_pivot_back(name):
+    model = tiny.build(name)
+    edits = [make_edit(m, 0.4) for m in find_matrices(model) if m.layer is not None and "qkv" not in m.type]
+    factor_(model, edits)
+    before = {path: layer.dense() for path, layer in low_rank_layers(model).items()}
+    shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()}
+    given = balance_(model)
+    assert given
+    assert not any(isinstance(module, PivotedLinear) for module in model.modules())
+    for path in given:
+        layer = model.get_submodule(path)
+        up, down = layer.up.weight, layer.down.weight
+        torch.testing.assert_close(up.T @ up, down @ down.T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(up.T @ up, torch.diag((up.T @ up).diagonal()), rtol=1e-4, atol=1e-5)
+    for path, layer in low_rank_layers(model).items():
+        torch.testing.assert_close(layer.dense(), before[path], rtol=1e-4, atol=1e-6)
+    pivot_(model, given)
+    for path, layer in low_rank_layers(model).items():
+        torch.testing.assert_close(layer.dense(), before[path], rtol=1e-4, atol=1e-6)
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()} == shapes
 
 
 def test_a_layer_that_reads_some_inputs_is_initialised_on_these():

@@ -16,12 +16,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import eckart
 import tiny_models as tiny
+from eckart.dataflow import low_rank_layers
 from eckart.errors import ModelError, OutputError, TaskError
 from eckart.factoring import factor_
+from eckart.linear import FactoredLinear, PivotedLinear
 from eckart.matrices import find_matrices
 from eckart.quantizer import sizes
 from eckart.recipe import RecoverSettings
@@ -46,11 +49,11 @@ def text(documents=24, words=40):
     return make_task("chain", [Example(row, None) for row in rows])
 
 
-def compressed(name="llama", rho=0.5, types=("fc_in", "fc_up", "fc_out", "q_proj")):
+def compressed(name="llama", rho=0.5, types=("fc_in", "fc_up", "fc_out", "q_proj"), storage=None):
     """A dense model, and the same with factors."""
     teacher, model = tiny.build(name), tiny.build(name)
     edits = [make_edit(m, rho) for m in find_matrices(model) if m.layer is not None and m.type in types]
-    factor_(model, edits, at_most=1.0)
+    factor_(model, edits, at_most=1.0, storage=storage)
     return teacher, model
 
 
@@ -81,14 +84,21 @@ def test_training_lowers_what_it_minimises_on_text_that_took_no_part(loss):
     assert found.test["after"]["loss"].value == pytest.approx(losses(model, text(), settings), rel=1e-6)
 
 
-def test_training_is_adamw_on_both_factors_as_written_out():
-    """Oracle: torch's own loop, over the same batches, from the definition of the loss."""
-    teacher, model = compressed()
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
+def test_training_is_adamw_on_both_factors_as_written_out(storage):
+    """Oracle: torch's own loop, over the same batches, from the definition of the loss, on factors from torch's SVD."""
+    teacher, model = compressed(storage=storage)
     settings = RecoverSettings(**SMALL, loss="both", lm_weight=0.3)
     twin = deepcopy(model)
     recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
     windows = make_windows(text(), tiny.tokenizer(), settings, None).train
-    weights = list(factors_of(twin).values())
+    for path, layer in low_rank_layers(twin).items():
+        U, S, Vh = (part[..., :r] for part, r in zip(torch.linalg.svd(layer.dense()), (layer.rank, layer.rank, None)))
+        down, up = nn.Linear(*Vh.shape, bias=False), nn.Linear(*U.shape[::-1], bias=False)
+        down.weight.data, up.weight.data = (S.sqrt()[:, None] * Vh[: layer.rank]), (U * S.sqrt())
+        twin.set_submodule(path, nn.Sequential(down, up))
+    places = [module for module in twin.modules() if isinstance(module, nn.Sequential)]
+    weights = [part.weight for place in places for part in place]
     optimizer = torch.optim.AdamW(weights, lr=0, weight_decay=0)
     each = len(windows) // 4
     for step in range(6):
@@ -107,8 +117,11 @@ def test_training_is_adamw_on_both_factors_as_written_out():
         optimizer.step()
     held_out = make_windows(text(), tiny.tokenizer(), settings, None).held_out
     assert window_losses(twin, [held_out]).mean() == pytest.approx(window_losses(model, [held_out]).mean(), abs=1e-4)
-    for name, weight in factors_of(model).items():
-        torch.testing.assert_close(weight, dict(twin.named_parameters())[name], rtol=1e-3, atol=2e-4)
+    layers = low_rank_layers(model)
+    assert len(layers) == len(places)
+    for layer, place in zip(layers.values(), places):
+        assert type(layer) is (PivotedLinear if storage == "pivoted" else FactoredLinear)
+        torch.testing.assert_close(layer.dense(), place[1].weight @ place[0].weight, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "phi3", "bloom"])
@@ -126,7 +139,8 @@ def test_size_storage_dtype_and_all_other_weights_stay(name, method):
     assert [p.requires_grad for p in model.parameters()] == flags
     assert [(key, t.dtype, t.shape) for key, t in after.items()] == [(k, t.dtype, t.shape) for k, t in before.items()]
     changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
-    assert changed <= set(factors_of(model))
+    orders = {key for key in after if key.endswith(".order")}  # which rows are stored
+    assert changed <= set(factors_of(model)) | (orders if method == "factors" else set())
     if found.best_step:
         assert changed
 
@@ -134,14 +148,31 @@ def test_size_storage_dtype_and_all_other_weights_stay(name, method):
 def test_the_best_state_is_kept_even_if_it_is_the_first():
     teacher, model = compressed()
     recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL | {"steps": 40}, loss="lm"))
-    before = {name: weight.clone() for name, weight in factors_of(model).items()}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = recover(
         model, tiny.tokenizer(), text(), RecoverSettings(**SMALL | {"lr": 30.0, "clip": 1e6}), teacher=teacher
     )
     assert found.best_step == 0
     assert found.gain.value == 0
-    for name, weight in factors_of(model).items():
+    for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+def test_a_recovery_that_fails_leaves_the_model_as_it_was():
+    teacher, model = compressed()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+
+    def stop(progress):
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher=teacher, progress=stop)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
 
 
 def test_training_stops_when_held_out_loss_has_not_fallen_for_so_many_looks():
@@ -333,7 +364,9 @@ def test_a_forecast_takes_no_step():
     found = forecast_recovery(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher)
     assert found["steps"] == 6
     assert found["seconds"] > 0
-    assert found["factor_parameters"] == sum(p.numel() for p in factors_of(model).values())
+    # A pivoted layer is trained as two whole factors.
+    layers = low_rank_layers(model).values()
+    assert found["factor_parameters"] == sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())

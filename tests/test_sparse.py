@@ -12,10 +12,9 @@ from eckart import sparse
 from eckart.errors import MatrixError
 from eckart.sparse import (
     LowRankSparse,
-    bytes_with,
+    entries_bytes,
     index_dtype,
     nonzeros_for,
-    numbers_with,
     scattered,
     separate,
     separation_errors,
@@ -95,8 +94,8 @@ def test_a_layer_keeps_its_dtype_and_counts_what_it_holds(storage, dtype):
     assert layer.columns.dtype == torch.int16
     product = 3 * (12 + 18 - (3 if storage == "pivoted" else 0))
     assert layer.parameters_stored == product + 20 + 12
-    assert numbers_with(storage, (12, 18), 3, 20) == product + 20 + layer.columns.numel() + layer.starts.numel()
-    assert both.bytes_stored(dtype) == bytes_with(storage, (12, 18), 3, 20, dtype) == layer.bytes - 12 * dtype.itemsize
+    assert both.bytes_stored(dtype) == layer.bytes - 12 * dtype.itemsize
+    assert entries_bytes((12, 18), 20, dtype) == sum(t.nbytes for t in (layer.values, layer.columns, layer.starts))
     assert layer.flops(5) == 2 * 5 * (product + 20)
     close = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     expected = functional.linear(weight, both.dense(), bias.double())
@@ -106,9 +105,8 @@ def test_a_layer_keeps_its_dtype_and_counts_what_it_holds(storage, dtype):
 def test_columns_take_two_bytes_while_they_can():
     assert [index_dtype(into) for into in (1, 2**15, 2**15 + 1)] == [torch.int16, torch.int16, torch.int32]
     assert torch.iinfo(torch.int16).max == 2**15 - 1
-    wide = bytes_with("factored", (4, 2**15 + 1), 1, 10, torch.float32)
-    narrow = bytes_with("factored", (4, 2**15), 1, 10, torch.float32)
-    assert wide - narrow == 4 + 20
+    wide, narrow = (entries_bytes((4, into), 10, torch.float32) for into in (2**15 + 1, 2**15))
+    assert wide - narrow == 20
 
 
 @given(out=st.integers(2, 99), into=st.integers(2, 99), share=st.floats(0.01, 0.9), data=st.data())
@@ -172,7 +170,7 @@ def test_a_planted_product_and_outliers_are_found(metric):
     entries = scattered(found.values, found.columns, found.starts, (40, 50))
     assert torch.equal(entries != 0, outliers != 0)
     # Which a product of as many numbers does not.
-    rank = numbers_with("factored", (40, 50), 2, 30) // 90
+    rank = (2 * 90 + 2 * 30 + 41) // 90
     up, down = decompose_weighted(weight, square_root(metric.outputs), square_root(metric.inputs)).factors(rank)
     assert metric.error(weight - up @ down) > 1e-2 * metric.error(weight)
 

@@ -171,7 +171,8 @@ def test_recovery_trains_what_stands_for_the_weight_and_lowers_the_loss(method):
     found = recover(model, tiny.tokenizer(), documents, RecoverSettings(**small, loss="lm"))
     assert found.gain.value < 0
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == set(trained)
+    # Pivoted products choose their rows anew.
+    assert {name for name in changed if not name.endswith("order")} == set(trained)
 
 
 def test_an_exported_file_says_what_the_model_says(tmp_path):

@@ -1,4 +1,4 @@
-"""Where recovery starts from: the best components that a low-rank layer could hold in the place of its last ones.
+"""Where recovery starts from: the best components of a low-rank layer, and the factors in which it is trained.
 
 Notation: W is the dense weight, W' the product of a layer's factors, r its rank, C = E[x x^T] the second moments of its
 inputs. Corrections follow from the SVD of (W - W') in one of two metrics: that of the weights, or that of the outputs.
@@ -6,8 +6,8 @@ inputs. Corrections follow from the SVD of (W - W') in one of two metrics: that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -213,3 +213,47 @@ def merged(weight: Tensor, base: Tensor, rank: int, replaced: int, moments: Tens
     added = correction(weight, kept.U * kept.S @ kept.Vh, replaced, moments)
     pairs = zip((kept.U, kept.S, kept.Vh), (added.U, added.S, added.Vh), (1, 0, 0))
     return Spectrum(*(torch.cat(pair, axis) for *pair, axis in pairs))
+
+
+@torch.no_grad()
+def balance_(model: nn.Module) -> dict[str, PivotedLinear]:
+    """Hold every pivoted layer as two balanced factors, in which training is better conditioned.
+
+    A step on the rows that a pivoted layer stores moves all others too, by coefficients of up to 1.1. The product of
+    `up` and `down` is the same, and so is the set of matrices that the layer can reach; only the numbers differ, of
+    which there are r^2 more while the model is trained.
+
+    Args:
+        model: Modified: its pivoted layers, also those in row-blocked ones, become factored layers of the same rank,
+            dtype and device, sqrt(S) on each side.
+
+    Returns:
+        Path -> the pivoted layer that was there.
+    """
+    found = {path: layer for path, layer in model.named_modules() if isinstance(layer, PivotedLinear)}
+    replace_(model, {path: _stored_as(layer, "factored") for path, layer in found.items()})
+    return found
+
+
+@torch.no_grad()
+def pivot_(model: nn.Module, paths: Iterable[str]) -> None:
+    """Store factored layers by rows again, after `balance_` and training.
+
+    Args:
+        model: Modified: layers at `paths` become pivoted layers of the same rank, dtype and device. Their rows are
+            chosen anew.
+        paths: Of factored layers of at least rank 1.
+    """
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
+    replace_(model, {path: _stored_as(layer, "pivoted") for path, layer in layers.items()})
+
+
+def _stored_as(layer: FactoredLinear | PivotedLinear, storage: Literal["factored", "pivoted"]) -> nn.Module:
+    up, down = layer.up.weight.double(), layer.down.weight.double()
+    if isinstance(layer, PivotedLinear):
+        up = torch.cat((torch.eye(layer.rank).to(up), up))[layer.order]
+    # The SVD of the product, through a matrix of r rows.
+    Q, R = torch.linalg.qr(up)
+    found = decompose(R @ down)
+    spectrum = Spectrum(Q @ found.U, found.S, found.Vh)
+    return STORAGES[storage].from_spectrum(spectrum, bias=layer.bias, dtype=layer.down.weight.dtype)

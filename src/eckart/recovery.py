@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from eckart.dataflow import evaluating, low_rank_layers
 from eckart.encoding import model_kind
 from eckart.errors import ModelError
-from eckart.initialisation import dense_weights, initialise_, input_moments
-from eckart.linear import FactoredLinear
-from eckart.quantizer import Size
+from eckart.initialisation import balance_, dense_weights, initialise_, input_moments, pivot_
+from eckart.linear import FactoredLinear, PivotedLinear
+from eckart.quantizer import Size, replace_
 from eckart.recipe import RecoverSettings
 from eckart.refinement import refine_block_, stacks_of
 from eckart.results import Gain, Measurement, paired_gain
@@ -110,9 +110,13 @@ def recover(
     job = Job(model, tokenizer, text, settings, teacher, state, progress)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    given: dict[str, PivotedLinear] = {}
     try:
         with evaluating(model), evaluating(teacher) if teacher is not None else nullcontext():
-            return _recover(job, dtypes)
+            return _recover(job, dtypes, given)
+    except BaseException:
+        replace_(model, given)
+        raise
     finally:
         for name, parameter in _named(model):
             parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
@@ -176,7 +180,7 @@ def check(model: nn.Module, tokenizer: Any, settings: RecoverSettings, teacher: 
             )
 
 
-def _recover(job: Job, dtypes: Mapping[str, torch.dtype]) -> Recovery:
+def _recover(job: Job, dtypes: Mapping[str, torch.dtype], given: dict[str, PivotedLinear]) -> Recovery:
     settings, model, teacher = job.settings, job.model, job.teacher
     started = time.perf_counter()
     for module in (model, teacher):
@@ -185,7 +189,7 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype]) -> Recovery:
             parameter.data = parameter.data.to(getattr(torch, settings.precision))
     for parameter in factors_of(model).values():
         parameter.data = parameter.data.float()  # a small step would be rounded away in half precision
-    losses = _started(job)
+    losses = _started(job, given)
     adapter = _adapted(job) if settings.method == "lora" else None
     trained = (
         factors_of(model)
@@ -200,6 +204,10 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype]) -> Recovery:
     with _checkpointing(model, settings.gradient_checkpointing):
         run.train()
     run.keep_best()
+    if run.best_step or settings.refine or settings.init != "zero":
+        pivot_(model, given)
+    else:
+        replace_(model, given)
     if adapter is not None and not settings.adapter:
         adapter.merge_and_unload()
         adapter = None
@@ -259,8 +267,11 @@ def _inner_linears(model: nn.Module) -> list[str]:
 # Before training: measure, initialise, refine. All of it lies in one file afterwards.
 
 
-def _started(job: Job) -> dict[str, NDArray[np.float64]]:
-    """Bring the model to where training starts; give its losses and the teacher's on the windows that prove."""
+def _started(job: Job, given: dict[str, PivotedLinear]) -> dict[str, NDArray[np.float64]]:
+    """Bring the model to where training starts; give its losses and the teacher's on the windows that prove.
+
+    Pivoted layers whose factors are to be trained move into `given`, and balanced ones into their places.
+    """
     settings, model, teacher = job.settings, job.model, job.teacher
     stacks = stacks_of(model) if settings.refine else []
     kept = read_state(job, START)
@@ -268,6 +279,9 @@ def _started(job: Job) -> dict[str, NDArray[np.float64]]:
         losses = {"before": job.losses(model, job.windows.test)}
         if teacher is not None:
             losses["teacher"] = job.losses(teacher, job.windows.test)
+    if settings.method == "factors":
+        given.update(balance_(model))
+    if kept is None:
         if settings.init != "zero":
             assert teacher is not None
             job.progress(Progress("initialising", 0, 1))
@@ -389,6 +403,7 @@ def forecast_recovery(
     """
     check(model, tokenizer, settings, teacher)
     job = Job(model, tokenizer, text, settings, teacher)
+    given = balance_(model) if settings.method == "factors" else {}
     weights = factors_of(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluating(model):
@@ -407,6 +422,7 @@ def forecast_recovery(
                 parameter.requires_grad_(flag)
                 parameter.grad = None
             job.accelerator.free_memory()
+            replace_(model, given)
     steps = settings.steps if settings.minutes is None else planned_steps(settings, each, len(job.windows.held_out))
     looks = (1 + settings.evaluations) * len(job.windows.held_out) / settings.batch / 3
     trained = sum(weight.numel() for weight in weights.values())

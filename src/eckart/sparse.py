@@ -49,7 +49,9 @@ class LowRankSparse:
     def bytes_stored(self, dtype: torch.dtype) -> int:
         """Count the bytes of the layer without its bias, with its values and factors in a dtype."""
         shape = len(self.spectrum.U), self.spectrum.Vh.shape[1]
-        return bytes_with(self.storage, shape, len(self.spectrum.S), len(self.values), dtype)
+        return bytes_stored(self.storage, shape, len(self.spectrum.S), dtype) + entries_bytes(
+            shape, len(self.values), dtype
+        )
 
     def layer(self, *, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> SparseLinear:
         """Make the layer that stores it.
@@ -213,39 +215,18 @@ def nonzeros_for(shape: tuple[int, int], rank: int, share: float, storage: Liter
     return min(max(1, int(share / (1 - share) * product / 2)), shape[0] * shape[1])
 
 
-def numbers_with(storage: Literal["factored", "pivoted"], shape: tuple[int, int], rank: int, nonzeros: int) -> int:
-    """Count the numbers of a product and its entries: two for every entry, and one for where every row begins.
+def entries_bytes(shape: tuple[int, int], nonzeros: int, dtype: torch.dtype) -> int:
+    """Count the bytes of entries and of where they stand.
 
     Args:
-        storage: Of the product; a pivoted one's order of rows is not counted, as nowhere else.
         shape: (out, in).
-        rank: Of the product.
         nonzeros: Entries.
-
-    Returns:
-        The count.
-    """
-    product = bytes_stored("factored", shape, rank, torch.int8) - (rank * rank if storage == "pivoted" else 0)
-    return product + 2 * nonzeros + shape[0] + 1
-
-
-def bytes_with(
-    storage: Literal["factored", "pivoted"], shape: tuple[int, int], rank: int, nonzeros: int, dtype: torch.dtype
-) -> int:
-    """Count the bytes of a product and its entries.
-
-    Args:
-        storage: Of the product.
-        shape: (out, in).
-        rank: Of the product.
-        nonzeros: Entries.
-        dtype: Of factors and values; columns have 2 bytes up to 32,768 of them, else 4, and the begin of a row 4.
+        dtype: Of the values; columns have 2 bytes up to 32,768 of them, else 4, and the begin of a row has 4.
 
     Returns:
         Bytes.
     """
-    entry = dtype.itemsize + index_dtype(shape[1]).itemsize
-    return bytes_stored(storage, shape, rank, dtype) + nonzeros * entry + 4 * (shape[0] + 1)
+    return nonzeros * (dtype.itemsize + index_dtype(shape[1]).itemsize) + 4 * (shape[0] + 1)
 
 
 def separate(

@@ -21,9 +21,8 @@ from eckart.recipe import CompressSettings
 from eckart.sparse import (
     LowRankSparse,
     SparseLinear,
-    bytes_with,
+    entries_bytes,
     nonzeros_for,
-    numbers_with,
     separate,
     separation_errors,
 )
@@ -46,25 +45,22 @@ def unsuited(shape: tuple[int, int], settings: CompressSettings) -> str | None:
     return None
 
 
-def cost_at(shape: tuple[int, int], rank: int, settings: CompressSettings, dtype: torch.dtype) -> float:
-    """Count what a matrix takes at a rank: bytes under a budget of bytes, else numbers.
+def entries_cost(shape: tuple[int, int], rank: int, settings: CompressSettings, dtype: torch.dtype) -> float:
+    """Count what the entries take that go with a rank: bytes under a budget of bytes, else numbers.
 
     Args:
         shape: (out, in).
-        rank: Any.
-        settings: The method, the storage of a product and the share of entries.
+        rank: Of the product.
+        settings: The storage of the product and the share of the entries.
         dtype: Of the weights.
 
     Returns:
-        Of factors and entries. As numbers, an entry counts twice, with its column, and a row once, for its begin.
+        Values and indices. As numbers, an entry counts twice, with its column, and a row once, for its begin.
     """
-    in_bytes = settings.unit == "bytes"
-    if settings.method == "monarch":
-        return rank * sum(shape) * (dtype.itemsize if in_bytes else 1)
     nonzeros = nonzeros_for(shape, rank, settings.sparse, settings.storage)
-    if in_bytes:
-        return bytes_with(settings.storage, shape, rank, nonzeros, dtype)
-    return numbers_with(settings.storage, shape, rank, nonzeros)
+    if settings.unit == "bytes":
+        return entries_bytes(shape, nonzeros, dtype)
+    return 2 * nonzeros + shape[0] + 1
 
 
 def layers_at(
@@ -75,7 +71,7 @@ def layers_at(
     Args:
         shape: (out, in).
         ranks: Ascending.
-        settings: As for `cost_at`.
+        settings: The method, the storage of a product and the share of entries.
         place: Their `device` and `dtype`.
 
     Returns:

@@ -6,7 +6,8 @@
 
 An error is the sum of squared errors in both metrics (`double`), of a group of matrices under one number of stored
 values (pivoted), which a low rank of each divides in the best way; of 64 windows of 256 tokens. Below 1 the form wins.
-Perplexity is that of `eckart compress` with and without the removal of neurons on the first 64 validation windows.
+Perplexity is that of `eckart compress` on the first 64 validation windows; without the removal of neurons it is the row
+`propagated auto pivoted` of `compress.py`.
 """
 
 import argparse
@@ -210,34 +211,29 @@ class Forms:
             }
 
 
-def perplexities(model, tokenizer, calibration, inside, draws, ratios, add, has):
-    for removes in (True, False):
-        for ratio in ratios:
-            for draw in draws:
-                key = {"ratio": ratio, "draw": draw, "neurons": removes}
-                if has(key):
-                    continue
-                settings = CompressSettings(ratio=ratio, neurons=removes)
-                windows = read_windows(calibration, tokenizer, length=256, count=64, first=64 * draw)
-                units, _ = find_units(model, find_matrices(model), settings)
-                steps = Steps(model, tokenizer, settings, windows, units, Spill(None), lambda _: None)
-                start = time.process_time()
-                with evaluating(model), each_expert(model):
-                    curves = steps.curves()
-                    chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
-                    ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-                    factors = steps.factors(ranks)
-                seconds = time.process_time() - start
-                small = copy.deepcopy(model)
-                made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=settings.storage)
-                dense = sum(m.shape[0] * m.shape[1] for unit in units for m in unit.matrices)
-                found = summarize(inside, score(small, tokenizer, inside))["perplexity"]
-                kept = 1 - (made.before.parameters - made.after.parameters) / dense
-                add(
-                    key
-                    | {"allocation": chosen, "divergence": {name: value.value for name, value in divergence.items()}}
-                    | {"kept": kept, "perplexity": found.value, "stderr": found.stderr, "seconds": seconds}
-                )
+def perplexities(model, tokenizer, calibration, inside, keys, add):
+    for ratio, draw in keys:
+        settings = CompressSettings(ratio=ratio)
+        windows = read_windows(calibration, tokenizer, length=256, count=64, first=64 * draw)
+        units, _ = find_units(model, find_matrices(model), settings)
+        steps = Steps(model, tokenizer, settings, windows, units, Spill(None), lambda _: None)
+        start = time.process_time()
+        with evaluating(model), each_expert(model):
+            curves = steps.curves()
+            chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
+            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            factors = steps.factors(ranks)
+        seconds = time.process_time() - start
+        small = copy.deepcopy(model)
+        made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=settings.storage)
+        dense = sum(m.shape[0] * m.shape[1] for unit in units for m in unit.matrices)
+        found = summarize(inside, score(small, tokenizer, inside))["perplexity"]
+        kept = 1 - (made.before.parameters - made.after.parameters) / dense
+        add(
+            {"ratio": ratio, "draw": draw, "allocation": chosen}
+            | {"divergence": {name: value.value for name, value in divergence.items()}}
+            | {"kept": kept, "perplexity": found.value, "stderr": found.stderr, "seconds": seconds}
+        )
 
 
 def table() -> None:
@@ -255,18 +251,25 @@ def table() -> None:
                 f"| {row['form']} | " + " | ".join(cells) + " | " + ", ".join(f"{v:.3f}" for v in row["model"]) + " |"
             )
         rows = held["perplexities"]
-        if rows:
-            print(
-                "\n| ratio | draw | perplexity without | with neurons removed | divergence without | with | CPU s |\n|"
-                + "---|" * 7
-            )
-        for ratio, draw in sorted({(row["ratio"], row["draw"]) for row in rows}, reverse=True):
-            two = {row["neurons"]: row for row in rows if (row["ratio"], row["draw"]) == (ratio, draw)}
-            cells = [
-                [f"{two[w][k]:.2f}" if w in two else "–" for w in (False, True)] for k in ("perplexity", "seconds")
-            ]
-            least = [f"{min(two[w]['divergence'].values()):.3g}" if w in two else "–" for w in (False, True)]
-            print(f"| {ratio} | {draw} | {' | '.join(cells[0])} | {' | '.join(least)} | {', '.join(cells[1])} |")
+        if not rows:
+            continue
+        print(
+            "\n| ratio | draw | by rank alone | with neurons removed | divergence alone | with | CPU s with reading |"
+        )
+        print("|" + "---|" * 7)
+        other = RESULTS / f"compress-{held['model']}.json"
+        alone = [
+            row
+            for row in (json.loads(other.read_text())["rows"] if other.exists() else ())
+            if [row.get(key) for key in ("method", "allocate", "storage")] == ["propagated", "auto", "pivoted"]
+        ]
+        for row in sorted(rows, key=lambda row: (-row["ratio"], row["draw"])):
+            same = [old for old in alone if (old["ratio"], old["draw"]) == (row["ratio"], row["draw"])]
+            before = [f"{old['inside']['value']:.2f}" for old in same] or ["–"]
+            diverged = [f"{min(old['divergence'].values()):.3g}" for old in same] or ["–"]
+            cells = [f"{row['ratio']:g}", str(row["draw"]), before[0], f"{row['perplexity']:.2f}", diverged[0]]
+            cells += [f"{min(row['divergence'].values()):.3g}", f"{row['seconds']:.0f}"]
+            print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -305,11 +308,10 @@ def main() -> None:
             held["perplexities"].append(row)
             keep()
 
-        def has(key):
-            return any(all(row[name] == value for name, value in key.items()) for row in held["perplexities"])
-
-        ratios = [float(word) for word in given.ratios.split(",")]
-        perplexities(model, tokenizer, calibration, inside, range(given.draws), ratios, add, has)
+        wanted = [(float(word), draw) for word in given.ratios.split(",") for draw in range(given.draws)]
+        done = {(row["ratio"], row["draw"]) for row in held["perplexities"]}
+        keys = [key for key in wanted if key not in done]
+        perplexities(model, tokenizer, calibration, inside, keys, add)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 Compared are the dense model and low-rank ones at the same share of the numbers of all linear layers but the head, as
 two factors and as pivoted rows, each in float32, int8 and int4. Every measurement is a process of its own that imports
 onnxruntime and numpy and says whether it imported torch; files take turns, and a ratio is formed within one turn.
+Seconds are processor seconds of the process, which on one thread are those of an idle machine.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ import json, re, sys, time
 from eckart.onnx_runner import open_model, step
 import numpy as np
 folder, prompt, tokens, threads = sys.argv[1], *map(int, sys.argv[2:])
-began = time.perf_counter()
+began = time.process_time()
 model = open_model(folder, threads=threads)
-opened = time.perf_counter() - began
+opened = time.process_time() - began
 ids = (np.arange(prompt)[None] * 7 + 5) % 1000
 step(model, ids[:, :2])
-began = time.perf_counter()
+began = time.process_time()
 logits, cache = step(model, ids)
-read = time.perf_counter() - began
+read = time.process_time() - began
 seconds = []
 for _ in range(tokens):
     now = logits[:, -1].argmax(-1)[:, None]
-    began = time.perf_counter()
+    began = time.process_time()
     logits, cache = step(model, now, cache)
-    seconds.append(time.perf_counter() - began)
+    seconds.append(time.process_time() - began)
 print(json.dumps({
     "decode_seconds": float(np.median(seconds)), "prompt_seconds": read, "open_seconds": opened,
     # Not getrusage, whose peak is also that of the process it was forked from.

@@ -1,11 +1,14 @@
 """Quantisation, low rank and both at equal bytes: perplexity and decoding speed of exported files, without torch.
 
-    python benchmarks/quantisation.py MODEL TEXT [--folder NAME=FACTORED ...]
+    python benchmarks/quantisation.py MODEL CALIBRATION TEXT [--folder NAME=FACTORED ...]
     python benchmarks/quantisation.py --table
 
-MODEL dense, cut by plain SVD to each `--ratio` of the numbers of its matrices (as pivoted rows, every matrix alike),
-and the factored folders named, each in float32, int8 and int4. Perplexity is over windows of TEXT, the same for all.
-Results go to benchmarks/results/quantisation-MODEL.json.
+Compared, each as an exported file: the dense model in float32 and in 8, 4 and 2 bits; mixtures of 8 and 4 bits, those
+matrices in 8 that err most (chosen like ranks, by the errors in the metric of inputs and outputs); 4 and 2 bits with
+low-rank corrections in 8 bits, in several metrics and ranks (`eckart recover --method repair` is the last of them); low
+rank and a share of single entries (`W = UV + S`); and the folders named (of `eckart compress`, `eckart recover`).
+CALIBRATION is what the metrics are taken from. Perplexity is over windows of TEXT, the same for all. Results go to
+benchmarks/results/quantisation-MODEL.json.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,29 +26,110 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import Tensor
 
+from eckart.allocate import Curve, water_fill
+from eckart.calibration import Moments, collect, read_windows
 from eckart.checkpoint import load
-from eckart.exporting import _facts, _graph, _write_model, cache_shapes
-from eckart.factoring import factor_
-from eckart.matrices import find_matrices
+from eckart.exporting import _adapter_weights, _facts, _graph, _write_model, cache_shapes
+from eckart.matrices import Matrix, read, write
+from eckart.onnx_graph import packed_bytes
 from eckart.onnx_runner import FACTS, losses, open_model
+from eckart.peft_adapter import put_on_, write_adapter
+from eckart.recipe import RecoverSettings
+from eckart.repairing import check_repairable, repair_weight, roots_of, round_weight
 from eckart.results import paired_gain, perplexity, to_json
-from eckart.surgery import make_edit
+from eckart.tasks import read_text
+from eckart.weighting import Root, diagonal_root, square_root
 from export import WEIGHTS, measure
 from search import watch
 
 RESULTS = Path(__file__).parent / "results"
+METRICS = ("weights", "diagonal", "inputs", "both")
+"""Of a correction: SVD of the error alone; QERA-approx; QERA-exact, which is EoRA; inputs and outputs."""
 
 
-def cut_(model: Any, ratio: float) -> None:
-    """Plain SVD of every matrix of the blocks, to the rank whose pivoted rows hold `ratio` of its numbers."""
-    edits = []
-    for matrix in find_matrices(model):
-        if matrix.layer is not None and not matrix.whole and matrix.type != "other":
-            out, into = matrix.shape
-            rank = (out + into - ((out + into) ** 2 - 4 * ratio * out * into) ** 0.5) / 2
-            edits.append(make_edit(matrix, max(1, int(rank)) / min(out, into)))
-    factor_(model, edits, at_most=1.0)
+@dataclass
+class Side:
+    """A model, and in how many bits its file is written."""
+
+    name: str
+    model: Any
+    weights: tuple[str, ...]
+    fine: list[Tensor] = field(default_factory=list)
+    """Weights that stay at 8 bits."""
+    bytes_per_number: float | None = None
+    """Where a file is not written in the numbers that are meant."""
+
+
+def sides(options: argparse.Namespace) -> Iterator[Side]:
+    """What is compared, one at a time."""
+    model, tokenizer = load(options.model, device="cpu", dtype="float32")
+    windows = read_windows(read_text(options.calibration), tokenizer, length=options.window, count=128)
+    linear = check_repairable(model, tokenizer, RecoverSettings(method="repair"))
+    moments = collect(model, windows, linear)
+    yield Side("dense", model, ("none", "int8", "int4", "int2"))
+    half, _ = load(options.model, device="cpu", dtype="float32")
+    for weight in half.parameters():
+        weight.data = weight.data.half().float()
+    yield Side("dense, fp16 (bytes counted)", half, ("none",), bytes_per_number=2)
+    for share in options.mixed:
+        yield Side(f"dense, {share:.0%} of the way to int8", model, ("int4",), finer(model, linear, moments, share))
+    for entry in options.repair:
+        bits, metric, rank, rounds = entry.split(":")
+        yield repaired(options, linear, moments, int(bits), metric, int(rank), int(rounds))
+    for name, _, folder in (entry.partition("=") for entry in options.folder):
+        yield Side(name, load(folder, device="cpu", dtype="float32")[0], ("int8", "int4"))
+
+
+def finer(model: Any, linear: list[Matrix], moments: Mapping[str, Moments], share: float) -> list[Tensor]:
+    """The weights that get 8 bits where a share of the bytes between 4 and 8 bits may be spent."""
+    curves = []
+    for matrix in linear:
+        left, right = roots_of(moments[matrix.name])
+        assert left is not None
+        weight = read(model, matrix)
+        change = (left.before(right.after((weight - round_weight(weight, bits)).double())) for bits in (4, 8))
+        errors = np.array([float(each.square().sum()) for each in change])
+        costs = np.array([packed_bytes(matrix.shape, bits) for bits in (4, 8)], dtype=np.float64)
+        curves.append(Curve(matrix.name, np.array([4, 8]), costs, errors))
+    least, most = (sum(float(curve.costs[index]) for curve in curves) for index in (0, 1))
+    choice = water_fill(curves, least + share * (most - least))
+    return [model.get_parameter(matrix.parameter).detach() for matrix in linear if choice[matrix.name]]
+
+
+def roots_in(metric: str, moments: Moments) -> tuple[Root | None, Root | None]:
+    """The roots of the metric that a correction is found in."""
+    if metric == "weights":
+        return None, None
+    if metric == "diagonal":
+        return None, diagonal_root(moments.inputs.diagonal().sqrt())
+    return (None, square_root(moments.inputs)) if metric == "inputs" else roots_of(moments)
+
+
+def repaired(
+    options: argparse.Namespace,
+    linear: list[Matrix],
+    moments: Mapping[str, Moments],
+    bits: int,
+    metric: str,
+    rank: int,
+    rounds: int,
+) -> Side:
+    """The model rounded, with a correction beside each weight."""
+    model, _ = load(options.model, device="cpu", dtype="float32")
+    pairs = {}
+    for matrix in linear:
+        left, right = roots_in(metric, moments[matrix.name])
+        found = repair_weight(read(model, matrix), min(rank, matrix.rank), bits, left, right, rounds=rounds)
+        write(model, matrix, found.rounded)
+        pairs[matrix.name] = (found.up, found.down)
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder), pairs, base="")
+        put_on_(model, folder)
+    rounds_word = f", {rounds} rounds" if rounds > 1 else ""
+    name = f"int{bits} + rank {rank}, metric of {metric}{rounds_word}"
+    return Side(name, model, (f"int{bits}",), _adapter_weights(model))
 
 
 def windows_of(text: Path, tokenizer: Any, options: argparse.Namespace) -> list[list[int]]:
@@ -58,35 +144,33 @@ def windows_of(text: Path, tokenizer: Any, options: argparse.Namespace) -> list[
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     circumstances = watch("quantisation.py")
-    sources: dict[str, tuple[str, float | None]] = {"dense": (options.model, None)}
-    sources |= {f"SVD {ratio:g}": (options.model, ratio) for ratio in options.ratio}
-    sources |= {name: (folder, None) for name, _, folder in (entry.partition("=") for entry in options.folder)}
+    _, tokenizer = load(options.model, device="cpu", dtype="float32")
+    windows = windows_of(options.text, tokenizer, options)
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for name, (folder, ratio) in sources.items():
-            model, tokenizer = load(folder, device="cpu", dtype="float32")
-            windows = windows_of(options.text, tokenizer, options)
-            if ratio is not None:
-                cut_(model, ratio)
-            state = cache_shapes(model)
+        for side in sides(options):
+            state = cache_shapes(side.model)
             with torch.no_grad():
-                proto = _graph(model, state)
-            facts = _facts(model, tokenizer, state, "none")
-            for how, word in WEIGHTS.items():
-                place = Path(temporary) / f"{name}-{word}"
+                proto = _graph(side.model, state)
+            facts = _facts(side.model, tokenizer, state, "none")
+            for how in side.weights:
+                place = Path(temporary) / str(len(rows))
                 place.mkdir()
                 copy = onnx.ModelProto()
                 copy.CopyFrom(proto)
-                size = _write_model(copy, place / "model.onnx", how)  # pyright: ignore[reportArgumentType]
+                size = _write_model(copy, place / "model.onnx", how, side.fine)  # pyright: ignore[reportArgumentType]
+                if side.bytes_per_number is not None:
+                    numbers = sum(weight.numel() for weight in side.model.parameters())
+                    size = round(size - (4 - side.bytes_per_number) * numbers)
                 (place / FACTS).write_text(to_json(facts))
                 runner = open_model(place, threads=options.threads)
                 each = [losses(runner, ids, window=options.window, stride=options.window).mean() for ids in windows]
                 scores[place.name] = np.array(each)
-                counts = np.full(len(windows), options.window - 1)
-                row = {"model": name, "weights": word, "bytes": size, "perplexity": perplexity(np.array(each), counts)}
+                score = perplexity(np.array(each), np.full(len(windows), options.window - 1))
+                row = {"model": side.name, "weights": WEIGHTS.get(how, how), "bytes": size, "perplexity": score}
                 rows.append(row | {"place": place.name})
-                print(f"{place.name}: {size:,} bytes, {row['perplexity']}", file=sys.stderr, flush=True)
+                print(f"{side.name} {how}: {size:,} bytes, {score}", file=sys.stderr, flush=True)
         turns = [
             {row["place"]: measure(Path(temporary) / row["place"], options)["decode_seconds"] for row in rows}
             for _ in range(options.repeats)
@@ -94,10 +178,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         place = row.pop("place")
         row["tokens_per_second"] = median(1 / turn[place] for turn in turns)
-        row["speed_over_dense_fp32"] = median(turn["dense-fp32"] / turn[place] for turn in turns)
-        row["loss_over_dense_int8"] = paired_gain(scores["dense-int8"], scores[place], "nats/token")
+        row["speed_over_dense_fp32"] = median(turn["0"] / turn[place] for turn in turns)
+        row["loss_over_dense"] = paired_gain(scores["0"], scores[place], "nats/token")
     # Names, not the places of this machine.
-    named = {"model": Path(options.model).name, "text": options.text.name, "folder": sorted(sources)}
+    named = {"model": Path(options.model).name, "text": options.text.name, "calibration": options.calibration.name}
+    named["folder"] = [entry.partition("=")[0] for entry in options.folder]
     about = circumstances()
     about["command"] = " ".join(word.rpartition("/")[2] for word in about["command"].split())
     return {"kind": "quantisation", "options": vars(options) | named, "rows": rows, **about}
@@ -108,17 +193,17 @@ def table(found: dict[str, Any]) -> str:
         f"{Path(found['options']['model']).name}, {found['options']['windows']} windows of "
         f"{found['options']['window']} tokens of {Path(found['options']['text']).name}:",
         "",
-        "| model | weights | KB | perplexity | loss above dense int8, nats/token, 95 % | tokens/s | × dense fp32 |",
+        "| model | weights | KB | perplexity | loss above dense fp32, nats/token, 95 % | tokens/s | × dense fp32 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(found["rows"], key=lambda row: -row["bytes"]):
-        score, gain = row["perplexity"], row["loss_over_dense_int8"]
+        score, gain = row["perplexity"], row["loss_over_dense"]
         cells = [
             row["model"],
             row["weights"],
             f"{row['bytes'] / 1e3:.0f}",
             f"{score['value']:.2f} ± {score['stderr']:.2f}",
-            f"{gain['value']:+.3f} ({gain['interval'][0]:+.3f} to {gain['interval'][1]:+.3f})",
+            f"{gain['value']:+.4f} ({gain['interval'][0]:+.4f} to {gain['interval'][1]:+.4f})",
             f"{row['tokens_per_second']:.0f}",
             f"{row['speed_over_dense_fp32']:.2f}",
         ]
@@ -129,8 +214,19 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder of the dense model")
-    parser.add_argument("text", nargs="?", type=Path, help="documents separated by <|endofdoc|>")
-    parser.add_argument("--ratio", type=float, nargs="*", default=[0.8, 0.5], help="for plain SVD")
+    parser.add_argument("calibration", nargs="?", type=Path, help="documents separated by <|endofdoc|>")
+    parser.add_argument("text", nargs="?", type=Path, help="others")
+    parser.add_argument("--mixed", type=float, nargs="*", default=[0.25, 0.5, 0.75], help="shares of 8 and 4 bits")
+    parser.add_argument(
+        "--repair",
+        nargs="*",
+        default=[
+            *(f"4:{metric}:16:1" for metric in METRICS),
+            *(f"4:both:{rank}:4" for rank in (2, 4, 8, 16, 32)),
+            *(f"2:both:{rank}:4" for rank in (8, 16, 32)),
+        ],
+        help="BITS:METRIC:RANK:ROUNDS",
+    )
     parser.add_argument("--folder", nargs="*", default=[], help="NAME=FOLDER of a factored model")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=60)
@@ -141,8 +237,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of saved results")
     options = parser.parse_args()
     if not options.table:
-        if options.model is None or options.text is None:
-            parser.error("give a model and a text")
+        if options.model is None or options.calibration is None or options.text is None:
+            parser.error("give a model and two texts")
         found = run(options)
         name = Path(options.model).name
         (RESULTS / f"quantisation-{name}.json").write_text(to_json(found), encoding="utf-8")

@@ -41,13 +41,14 @@ OPTIONS = {
         "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
-    "apply": COMMON | {"model", "plan", "--out", "--dense", "--portable", "--force"},
+    "apply": COMMON | {"model", "plan", "--out", "--ratio", "--bytes", "--dense", "--portable", "--force"},
     "inspect": COMMON | ENCODING | {
         "model", "--out", "--checkpoints", "--dry-run", "--fast", "--layers", "--types", "--rho",
         "--task", "--text", "--tokens", "--top",
     },
     "compress": COMMON | {
         "model", "--out", "--calibration", "--ratio", "--bytes", "--latency", "--method", "--allocate", "--storage",
+        "--elastic", "--no-elastic",
         "--floor", "--multiple", "--measure", "--task", "--task-weight", "--types", "--window", "--windows",
         "--batch-tokens", "--dry-run", "--json", "--recipe", "--seed",
     },

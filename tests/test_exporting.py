@@ -343,7 +343,7 @@ def test_a_model_that_does_not_continue_text_is_refused(name, tmp_path):
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(tmp_path, monkeypatch):
-    def spoil(proto, how):
+    def spoil(proto, how, fine):
         weight = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
 

@@ -38,6 +38,62 @@ class Curve:
         """Give the largest choice that costs at most so much; 0 if none does."""
         return max(0, int(np.searchsorted(self.costs, cost * (1 + 1e-12), side="right")) - 1)
 
+    def at(self, rank: int) -> int:
+        """Give the largest choice whose rank is at most so much; 0 if none's is."""
+        return max(0, int(np.searchsorted(self.ranks, rank, side="right")) - 1)
+
+
+def tails_of(values: Sequence[Floats], full: int) -> Floats:
+    """Add up what a cut to each rank leaves out.
+
+    Args:
+        values: For each matrix that shares the rank its singular values, descending, `full` of them.
+        full: The largest rank.
+
+    Returns:
+        Squared errors at ranks 0 to `full`.
+    """
+    tails = np.zeros(full + 1)
+    for each in values:
+        tails[:-1] += (each**2)[::-1].cumsum()[::-1]
+    return tails
+
+
+def make_curve(name: str, ranks: NDArray[np.int64], costs: Floats, tails: Floats, group: str = "") -> Curve:
+    """Make the curve of a matrix, without ranks that are no choice.
+
+    Args:
+        name: Of the curve.
+        ranks: Ascending; the last one keeps everything.
+        costs: At these ranks.
+        tails: Squared errors at ranks from 0, as from `tails_of`.
+        group: As in `Curve`.
+
+    Returns:
+        The curve.
+    """
+    # A rank at which factors take as much as the dense weight is no choice: the weight stays dense. Nor is one at which
+    # no less is lost than at a lower one, which structures have.
+    least = np.minimum.accumulate(np.append(np.inf, tails[ranks]))[:-1]
+    allowed = (costs < costs[-1]) & (tails[ranks] < least) | (ranks == ranks[-1])
+    ranks, costs = ranks[allowed], costs[allowed]
+    # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
+    last = np.append(np.diff(costs) > 0, True)
+    return Curve(name, ranks[last], costs[last], tails[ranks[last]], group)
+
+
+def allowed_ranks(full: int, multiple: int) -> NDArray[np.int64]:
+    """List the ranks that a matrix may have.
+
+    Args:
+        full: The largest.
+        multiple: The others are multiples of it.
+
+    Returns:
+        Ascending.
+    """
+    return np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
+
 
 def cost_of(curves: Sequence[Curve], choice: Choice) -> float:
     """Add up what a choice costs.
@@ -195,6 +251,33 @@ def calibrated(curve: Curve, points: Sequence[tuple[int, float]]) -> Curve:
     logs = np.log(np.maximum(curve.errors, 1e-300))
     scaled = np.where(curve.errors > 0, curve.errors * np.exp(np.interp(logs, at, factors)), 0.0)
     return replace(curve, errors=np.maximum.accumulate(scaled[::-1])[::-1])
+
+
+def divided(
+    how: str,
+    curves: Sequence[Curve],
+    budget: float,
+    *,
+    floor: float = 0.0,
+    points: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+) -> Choice:
+    """Divide a budget in one of the ways that need no model.
+
+    Args:
+        how: `uniform`, `tail` (by the errors of the curves), or `measured` (by errors scaled to measured losses).
+        curves: All of them.
+        budget: In the unit of their costs.
+        floor: As for `priced`.
+        points: For `measured`: as for `calibrated`, of every curve.
+
+    Returns:
+        The choice.
+    """
+    if how == "uniform":
+        return uniform(curves, budget)
+    if how == "measured":
+        curves = [calibrated(curve, (points or {})[curve.name]) for curve in curves]
+    return water_fill(curves, budget, floor=floor)
 
 
 def by_sensitivity(

@@ -24,7 +24,9 @@ import transformers
 import yaml
 from torch import nn
 
-from eckart.errors import EckartError, ModelError, OutputError
+from eckart.elastic import METHOD as ELASTIC
+from eckart.elastic import ElasticConfig
+from eckart.errors import EckartError, ModelError, OutputError, RankError
 from eckart.plan import Plan, write_plan
 from eckart.portable import add_modeling
 from eckart.quantizer import MODELING, LowRankConfig, sizes
@@ -34,7 +36,9 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = ("auto", "stored", "float32", "bfloat16", "float16", "float64")
 
 
-def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+def load(
+    source: str, *, device: str = "auto", dtype: str = "auto", ratio: float | None = None, bytes: int | None = None
+) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a folder or a Hugging Face id.
 
     Safetensors only: no pickle is opened and no remote code is run. The class is the one that the config
@@ -45,35 +49,45 @@ def load(source: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any
         device: `auto` (CUDA where there is one, else CPU), or a torch device.
         dtype: `stored`, `auto` (as stored, but on a CPU half precision is widened to float32), or a torch
             dtype's name.
+        ratio: Of an elastic folder: kept fraction of the numbers of its matrices; by default the largest it holds.
+        bytes: Of an elastic folder, in place of a ratio: most that the whole model takes as it is stored.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
 
     Raises:
         ModelError: There is no such model, its files are damaged, pickled or incomplete, it has no tokenizer, or
-            it needs remote code.
+            it needs remote code, or it is not elastic and a ratio or bytes were given.
+        RankError: An elastic folder holds no model of that size.
     """
-    return load_model(source, device=device, dtype=dtype), load_tokenizer(source)
+    return load_model(source, device=device, dtype=dtype, ratio=ratio, bytes=bytes), load_tokenizer(source)
 
 
-def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_model(
+    source: str, *, device: str = "auto", dtype: str = "auto", ratio: float | None = None, bytes: int | None = None
+) -> Any:
     """Load a model as `load` does, without a tokenizer, which not every model has.
 
     Args:
         source: As for `load`.
         device: As for `load`.
         dtype: As for `load`.
+        ratio: As for `load`.
+        bytes: As for `load`.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         ModelError: As for `load`.
+        RankError: As for `load`.
     """
     name, local, where = locate(source, device=device, dtype=dtype)
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
+        if ratio is not None or bytes is not None:
+            _ask(config, source, ratio=ratio, bytes=bytes)
         model, loaded = class_of(config).from_pretrained(
             name,
             config=config,
@@ -82,7 +96,7 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
             output_loading_info=True,
             **options,
         )
-    except ModelError:
+    except (ModelError, RankError):
         raise
     except Exception as error:  # from_pretrained raises OSError, ValueError, RuntimeError and safetensors' own
         raise ModelError(f"{source} could not be loaded: {_first_line(error)}. {_remedy(local)}") from error
@@ -98,6 +112,18 @@ def load_model(source: str, *, device: str = "auto", dtype: str = "auto") -> Any
     if dtype == "auto" and where.type == "cpu":
         model = model.to(torch.promote_types(model.dtype, torch.float32))
     return model.to(where).eval()
+
+
+def _ask(config: Any, source: str, **budget: Any) -> None:
+    """Name the size that an elastic folder is to be loaded with."""
+    described = getattr(config, "quantization_config", None)
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method != ELASTIC:
+        raise ModelError(
+            f"{source} is not elastic, so it has one size. A ratio or bytes choose what is read of a folder that "
+            "`eckart compress --elastic` wrote. Leave them out, or compress the model first."
+        )
+    vars(config).update(budget)
 
 
 def stored_dtype(source: str, model: Any) -> torch.dtype:
@@ -621,8 +647,9 @@ def model_card(
     base = yaml.safe_dump({"base_model": plan.model.source}).rstrip("\n")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     size = _size_lines(model, config, portable) if model is not None and isinstance(config, LowRankConfig) else []
+    size += _elastic_lines(config) if isinstance(config, ElasticConfig) else []
     command = shlex.join(["eckart", "apply", plan.model.source, "plan.json", *([] if size else ["--dense"])])
-    if any(edit.weighting != "none" for edit in plan.edits):
+    if any(edit.weighting != "none" for edit in plan.edits) or isinstance(config, ElasticConfig):
         # The factors depend on a calibration text, which the plan does not hold.
         command = shlex.join(["eckart", "compress", plan.model.source, "--recipe", "recipe.yaml", "--calibration"])
         command += " TEXT"
@@ -677,6 +704,23 @@ def _proved_lines(results: Mapping[str, Any] | None) -> list[str]:
         "| measure | unedited | edited | change, 95 % interval |",
         "|---|---|---|---|",
         *rows,
+        "",
+    ]
+
+
+def _elastic_lines(config: ElasticConfig) -> list[str]:
+    """What the card of an elastic folder says besides."""
+    return [
+        f"This folder is elastic: it holds a model for every ratio up to {config.ratio:g}, and loading reads what the "
+        "one that is asked for needs. The table below is that of the largest. Plain transformers cannot load it and "
+        "says so; with `pip install eckart` it can:",
+        "",
+        "```python",
+        "import eckart",
+        "from transformers import AutoModel  # or the class for the task",
+        "",
+        'model = AutoModel.from_pretrained("this folder", ratio=0.5)  # or bytes=...',
+        "```",
         "",
     ]
 

@@ -171,6 +171,20 @@ def factored_numbers(sizes: Sequence[int], into: int, rank: int) -> int:
     return sum(min(min(rank, size, into) * (size + into), size * into) for size in sizes)
 
 
+def runs_of(free: Tensor) -> list[Tensor]:
+    """Divide rows into runs of neighbours.
+
+    Args:
+        free: Which of all rows are meant, bool.
+
+    Returns:
+        Their indices, run by run.
+    """
+    rows = free.nonzero().flatten()
+    ends = (rows.diff() != 1).nonzero().flatten() + 1
+    return list(rows.tensor_split(ends.tolist())) if len(rows) else []
+
+
 def _alternate(rows: Tensor, assigned: Tensor, blocks: int, rank: int) -> tuple[float, Tensor]:
     """Improve an assignment until nothing is gained: the least error met, and where."""
     best = (float("inf"), assigned)

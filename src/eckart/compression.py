@@ -7,11 +7,13 @@ killed compression goes on where it was.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from eckart import allocate
 from eckart.allocate import Choice, Curve
 from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
+from eckart.elastic import ElasticConfig, ranks_at
+from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
@@ -95,6 +99,9 @@ class Compression:
     """The allocation that was."""
     facts: dict[str, Any] = field(repr=False)
     """`model`, `calibration`, `budget`, `matrices` and more of results.json."""
+    elastic: Callable[..., nn.Module] | None = field(default=None, repr=False)
+    """With `settings.elastic`, in the place of `factors`: takes the original model (and `spill`, a folder), and makes
+    it, in place, what `eckart.save` writes as an elastic folder. The plan is then that of the largest ratio."""
 
     def to_results(self) -> dict[str, Any]:
         """Give what results.json says of a compression before it is measured.
@@ -107,7 +114,7 @@ class Compression:
             "kind": "compress",
             **self.facts,
             "allocations": [
-                {"allocation": name, "divergence": value, "chosen": name == self.chosen}
+                {"allocation": name, "divergence": value, "chosen": name.split(" at ")[0] == self.chosen}
                 for name, value in self.divergence.items()
             ],
             "warnings": [f"{name} stays dense: {reason}." for name, reason in self.facts["stayed_dense"].items()],
@@ -179,9 +186,15 @@ def compress(
         curves = run.curves()
         budget = run.budget(curves)
         allocate.check_budget(curves, budget)
-        chosen, choice, divergence = run.choose(curves, budget)
-        ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-        factors = run.factors(ranks)
+        elastic, factors = None, {}
+        if settings.elastic:
+            config, ranks, divergence = run.elastic(curves)
+            chosen, elastic = config.allocation, partial(make_elastic_, config=config, units=units, spectra=run.spectra)
+            choice = {curve.name: curve.at(ranks[curve.name]) for curve in curves}
+        else:
+            chosen, choice, divergence = run.choose(curves, budget)
+            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            factors = run.factors(ranks)
     edits = edits_of(units, ranks, settings)
     plan = Plan(
         model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
@@ -222,10 +235,11 @@ def compress(
             for unit in units
         ],
         "stayed_dense": blocked,
+        "ratios": ratios_of(settings.ratio or 1.0, curves) if settings.elastic else [],
         "roots": run.roots,
         "seconds": {"compress": time.perf_counter() - started},
     }
-    return Compression(plan, factors, divergence, chosen, facts)
+    return Compression(plan, factors, divergence, chosen, facts, elastic)
 
 
 def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: CompressSettings) -> Encoded:
@@ -299,9 +313,9 @@ def read_calibration(
     """
     length, batch = settings.window or WINDOW, settings.batch_tokens
     if pooling is None:
-        return read_windows(
-            text, tokenizer, length=length, count=most or settings.windows, first=first, batch_tokens=batch
-        )
+        masked = model_kind(model, tokenizer) == "masked"
+        count = most or settings.windows
+        return read_windows(text, tokenizer, length=length, count=count, first=first, batch_tokens=batch, masked=masked)
     tokens = (most or settings.windows) * length
     return read_sentences(
         text, model, tokenizer, tokens=tokens, length=length, first=first * length, most=most, batch_tokens=batch
@@ -514,35 +528,21 @@ class Steps:
         return dict(Counter(how for key in self._kept for how in self.work.numbers(f"roots of {key}") or ()))
 
     def _curve(self, unit: Unit) -> Curve:
-        tails = self._errors(unit)
-        full, multiple = unit.full(), self.settings.multiple
-        ranks = np.array([r for r in range(1, full + 1) if r % multiple == 0 or r == full], dtype=np.int64)
+        tails, ranks = self._errors(unit), allocate.allowed_ranks(unit.full(), self.settings.multiple)
         costs = (
             self._seconds(unit, ranks)
             if self.settings.unit == "seconds"
             else costs_of(unit, ranks, self.settings, self.dtype)
         )
-        # A rank at which factors take as much as the dense weight is no choice: the weight stays dense. Nor is one at
-        # which a structure loses more than at a lower one.
-        least = np.minimum.accumulate(np.append(np.inf, tails[ranks]))[:-1]
-        allowed = (costs < costs[-1]) & (tails[ranks] < least) | (ranks == full)
-        ranks, costs = ranks[allowed], costs[allowed]
-        # Of equal costs the largest rank: stacked experts are rounded up, and times have plateaus.
-        last = np.append(np.diff(costs) > 0, True)
-        return Curve(unit.name, ranks[last], costs[last], tails[ranks[last]], unit.matrices[0].type)
+        return allocate.make_curve(unit.name, ranks, costs, tails, unit.matrices[0].type)
 
     def _errors(self, unit: Unit) -> NDArray[np.float64]:
         """The squared error in the metric at every rank from 0."""
-        tails = np.zeros(unit.full() + 1)
-        if self.settings.method in STRUCTURES:
-            found = self.work.tensors(unit.name)
-            assert found is not None
-            tails[:-1] = errors_of(found)[:-1]
-            return tails
-        for spectrum in self.spectra(unit):
-            squares = spectrum.S.cpu().numpy() ** 2
-            tails[:-1] += squares[::-1].cumsum()[::-1]
-        return tails
+        if self.settings.method not in STRUCTURES:
+            return allocate.tails_of([spectrum.S.cpu().numpy() for spectrum in self.spectra(unit)], unit.full())
+        found = self.work.tensors(unit.name)
+        assert found is not None
+        return np.append(errors_of(found)[:-1], 0.0)
 
     def _structure(self, unit: Unit, rank: int) -> Monarch:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
@@ -592,31 +592,51 @@ class Steps:
         found: dict[str, Measurement] = {}
         for number, (name, choice) in enumerate(candidates.items()):
             self.tell(Progress("comparing allocations", number, len(candidates)))
-            key = f"divergence at {sorted(choice.items())} of {self.settings.storage}"
-            values = self.work.numbers(key)
-            if values is None:
-                values = self.divergence_of(curves, choice, reference)
-                self.work.note(key, values)
-            found[name] = mean(np.array(values), self.divergence_unit)
+            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            found[name] = self._kept_divergence(ranks, reference)
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
+
+    def elastic(self, curves: Sequence[Curve]) -> tuple[ElasticConfig, dict[str, int], dict[str, Measurement]]:
+        """Choose one way to divide every budget: the one whose divergences multiplied over several ratios are least.
+
+        Returns:
+            What the folder holds, the ranks at the largest ratio, and the divergence of each way at each ratio.
+        """
+        names = AUTO if self.settings.allocate == "auto" else ("uniform", self.settings.allocate)
+        plain, points = describe(self.model, self.units, self.settings), {}
+        dense = sum(float(curve.costs[-1]) for curve in curves)
+        ratios = ratios_of(plain.ratio, curves)
+        if "measured" in names:
+            found = self.alone(curves, [allocate.uniform(curves, ratio * dense) for ratio in ratios])
+            points = {
+                number: [(int(curve.ranks[index]), float(np.mean(each))) for index, each in found[curve.name]]
+                for number, curve in enumerate(curves)
+            }
+        scales = [torch.stack([spectrum.S for spectrum in self.spectra(unit)]).cpu() for unit in self.units]
+        reference = self.reference()
+        ways = {name: with_allocation(plain, name, points if name == "measured" else None) for name in names}
+        tried: dict[str, Measurement] = {}
+        for number, (name, ratio) in enumerate(itertools.product(ways, ratios)):
+            self.tell(Progress("comparing allocations", number, len(ways) * len(ratios)))
+            ranks = dict(zip([u.name for u in self.units], ranks_at(ways[name], scales, dtype=self.dtype, ratio=ratio)))
+            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks, reference)
+        logs = {name: sum(np.log(max(tried[f"{name} at {ratio:g}"].value, 1e-12)) for ratio in ratios) for name in ways}
+        best = trimmed(ways[min(logs, key=lambda name: (logs[name], name != "uniform"))], scales, self.dtype)
+        ranks = ranks_at(best, scales, dtype=self.dtype)
+        return best, {unit.name: rank for unit, rank in zip(self.units, ranks)}, tried
 
     def allocation(self, name: str, curves: Sequence[Curve], budget: float) -> Choice:
         """Divide the budget in the way of this name."""
         floor = self.settings.floor
-        if name == "uniform":
-            return allocate.uniform(curves, budget)
-        if name == "tail":
-            return allocate.water_fill(curves, budget, floor=floor)
+        if name in ("uniform", "tail"):
+            return allocate.divided(name, curves, budget, floor=floor)
         if name == "groups":
             return allocate.within_groups(curves, budget)
         if name == "measured":
-            points = self.alone(curves, [allocate.uniform(curves, share * budget) for share in MEASURED_AT])
-            scaled = [
-                allocate.calibrated(curve, [(index, float(np.mean(values))) for index, values in points[curve.name]])
-                for curve in curves
-            ]
-            return allocate.water_fill(scaled, budget, floor=floor)
+            found = self.alone(curves, [allocate.uniform(curves, share * budget) for share in MEASURED_AT])
+            points = {key: [(index, float(np.mean(each))) for index, each in pairs] for key, pairs in found.items()}
+            return allocate.divided(name, curves, budget, floor=floor, points=points)
         if name == "sensitivity":
             dense = sum(float(curve.costs[-1]) for curve in curves)
             choices = [allocate.uniform(curves, share * dense) for share in SENSITIVITY_SHARES]
@@ -666,7 +686,18 @@ class Steps:
 
     def divergence_of(self, curves: Sequence[Curve], choice: Choice, reference: Sequence[Tensor]) -> list[float]:
         """Divergence of every window with all units cut at once."""
-        ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+        return self._divergence_at({curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}, reference)
+
+    def _kept_divergence(self, ranks: Mapping[str, int], reference: Sequence[Tensor]) -> Measurement:
+        """The same, measured once."""
+        key = f"divergence at {sorted(ranks.items())}"
+        values = self.work.numbers(key)
+        if values is None:
+            values = self._divergence_at(ranks, reference)
+            self.work.note(key, values)
+        return mean(np.array(values), self.divergence_unit)
+
+    def _divergence_at(self, ranks: Mapping[str, int], reference: Sequence[Tensor]) -> list[float]:
         with restored(self.model, [matrix for unit in self.units for matrix in unit.matrices]):
             for unit in self.units:
                 self._cut(unit, ranks[unit.name])
@@ -740,7 +771,7 @@ class Steps:
         for unit in self.units:
             if ranks[unit.name] < unit.full():
                 for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-                    found[matrix.name] = _narrow(as_spectrum(*spectrum.factors(ranks[unit.name])))
+                    found[matrix.name] = spectrum.cut(ranks[unit.name])
         return found
 
     def _propagated(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
@@ -777,7 +808,7 @@ class Steps:
         for unit in self.units:  # outside the blocks
             if ranks[unit.name] < unit.full() and unit.matrices[0].name not in found:
                 for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-                    found[matrix.name] = _narrow(as_spectrum(*spectrum.factors(ranks[unit.name])))
+                    found[matrix.name] = spectrum.cut(ranks[unit.name])
         return found
 
     def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs) -> WeightedSpectrum:

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from eckart.checkpoint import check_empty, load, load_model, save, sentence_files, stored_dtype, temporary_folder
+from eckart.checkpoint import (
+    check_empty,
+    load,
+    load_model,
+    save,
+    sentence_files,
+    shards_of,
+    stored_dtype,
+    temporary_folder,
+)
 from eckart.compression import compress, forecast, pooling_for, read_calibration
 from eckart.embedding import Pooling, agreement, embed_all, read_pooling
 from eckart.errors import TaskError
@@ -99,14 +108,23 @@ def run_compress(
         small = load_model(source, device=device, dtype="stored")
         with temporary_folder(folder) as spill:
             mapped = spill if small.device.type == "cpu" else None
-            factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
+            if found.elastic is not None:
+                found.elastic(small, spill=mapped)
+            else:
+                factor_(small, found.plan, factors=found.factors, storage=settings.storage, spill=mapped)
             save(small, folder, tokenizer, found.plan, files=files)
-    small = load_model(str(folder), device=device, dtype=dtype)
-    after = _said(small, tokenizer, text, measured, settings, pooling)
-    size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored"))
+    # An elastic folder is measured at several sizes, the largest first.
+    served = []
+    for ratio in found.facts["ratios"] if settings.elastic else [None]:
+        small = load_model(str(folder), device=device, dtype=dtype, ratio=ratio)
+        after = _said(small, tokenizer, text, measured, settings, pooling)
+        size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored", ratio=ratio))
+        quality = [{"name": name, **_compared(said, after[name])} for name, said in before.items()]
+        served.append({"ratio": ratio, "size": {"before": dense, "after": size}, "quality": quality})
     results = found.to_results() | {
-        "size": {"before": dense, "after": size},
-        "quality": [{"name": name, **_compared(said, after[name])} for name, said in before.items()],
+        "size": served[0]["size"],
+        "quality": served[0]["quality"],
+        "elastic": {"bytes": _bytes_of(folder), "served": served} if settings.elastic else None,
         "seconds": {"compress": compressed - started, "total": time.perf_counter() - started},
         "environment": environment(),
     }
@@ -159,6 +177,10 @@ def compression_begun(out: Path) -> bool:
         Whether it does.
     """
     return (out / WORK).is_dir() and not (out / "results.json").exists()
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in shards_of(str(folder)))
 
 
 def _said(

@@ -7,13 +7,15 @@ it to a grouped multiplication. All end in a product with a tensor, which is wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eckart.errors import MatrixError
-from eckart.linear import LowRankLayer, multiply
+from eckart.linear import LowRankLayer, bytes_stored, multiply
 from eckart.truncation import Spectrum, cut, decompose
 
 
@@ -210,3 +212,40 @@ class Product:
         if isinstance(second, cls):
             return func(func(first, second.left, *rest, **kwargs), second.right, *rest, **kwargs)
         return func(first.left, func(first.right, second, *rest, **kwargs), *rest, **kwargs)
+
+
+def costs_at(
+    ranks: NDArray[np.int64],
+    shape: tuple[int, int],
+    *,
+    storage: Literal["factored", "pivoted"],
+    dtype: torch.dtype,
+    experts: int = 0,
+    in_bytes: bool = False,
+) -> NDArray[np.float64]:
+    """Count what a matrix, or a stack of experts that share a rank, takes at every rank.
+
+    Args:
+        ranks: From 1 to the largest.
+        shape: (out, in).
+        storage: Of a matrix that is cut; experts are factored.
+        dtype: Of the numbers.
+        experts: How many; 0 for a matrix by itself.
+        in_bytes: Count bytes, an order of rows among them; otherwise numbers, without it.
+
+    Returns:
+        At each rank; at the largest what the dense weight takes.
+    """
+    out, into = shape
+    size = dtype.itemsize if in_bytes else 1
+
+    def cost(rank: int) -> float:
+        if rank == min(shape):
+            return size * out * into * max(1, experts)
+        if experts:
+            return size * FactoredExperts.rounded(rank) * (out + into) * experts
+        taken = bytes_stored(storage, shape, rank, dtype)
+        order = 8 * out if storage == "pivoted" else 0
+        return taken if in_bytes else (taken - order) / dtype.itemsize
+
+    return np.array([cost(int(rank)) for rank in ranks], dtype=np.float64)

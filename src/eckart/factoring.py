@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart import truncation
+from eckart.clustering import runs_of
 from eckart.experts import FactoredExperts
 from eckart.linear import (
     STORAGES,
@@ -130,7 +131,7 @@ def factor_(
         else:
             layers[path] = stored_as(layer, transposed=edits[0][0].transposed)
             if file is not None:
-                layer.load_state_dict(_mapped(layer.state_dict(), file), assign=True)
+                layer.load_state_dict(mapped(layer.state_dict(), file), assign=True)
             replace_(model, {path: layer})
     if layers:
         attach_(model, layers, dense)
@@ -155,11 +156,19 @@ def _edit_(
             found = found.dense()
         write(model, matrix, found)
     if file is not None:
-        held.data = _mapped({"weight": held.data}, file)["weight"]
+        held.data = mapped({"weight": held.data}, file)["weight"]
 
 
-def _mapped(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Move tensors to a file that is mapped into memory."""
+def mapped(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Move tensors to a file that is mapped into memory.
+
+    Args:
+        tensors: By name.
+        file: Gets them; it must outlive what is returned.
+
+    Returns:
+        The same, without memory of their own.
+    """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     # The C library keeps what decompositions freed, in pieces: most of a gigabyte over 300 matrices.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
@@ -263,11 +272,8 @@ def _parts(weight: Tensor, edits: list[tuple[Matrix, Edit]]) -> list[_Part]:
             continue
         for cluster in clusters_of(weight[rows.to(weight.device)], edit):
             parts.append(_Part(rows[cluster], min(edit.rank, len(cluster), weight.shape[1]), edit))
-    untouched = free.nonzero().flatten()
-    if len(untouched):
-        # Runs of neighbours, so that the order of the rows need not change for them.
-        ends = (untouched.diff() != 1).nonzero().flatten() + 1
-        parts += [_Part(run, None) for run in untouched.tensor_split(ends.tolist())]
+    # Runs of neighbours, so that the order of the rows need not change for them.
+    parts += [_Part(run, None) for run in runs_of(free)]
     return sorted(parts, key=lambda part: int(part.rows[0]))
 
 

@@ -158,7 +158,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         found: dict[str, StoredLayer] = {}
         for name, stored in self.quantization_config.layers.items():
-            path = _path_in(model, name)
+            path = path_in(model, name)
             if path is not None:
                 found[path] = stored
         replace_(model, {path: _empty_layer(model, path, stored) for path, stored in found.items()})
@@ -347,7 +347,7 @@ def _forget_modeling(model: Any) -> None:
         del model.config.auto_map
 
 
-def _path_in(model: Any, name: str) -> str | None:
+def path_in(model: Any, name: str) -> str | None:
     """Where a layer is in this model, which may be the base of the model that was saved, or have it as its base."""
     prefix = f"{model.base_model_prefix}."
     for path in (name, name.removeprefix(prefix), prefix + name):

@@ -22,6 +22,8 @@ AGREEMENT_POSITIONS = 32
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
+AT_ONCE = ("svd", "fwsvd", "asvd", "whiten", "double")
+"""Methods by which the cut of a matrix does not depend on the others', so that one decomposition serves every rank."""
 Allocate = Literal[
     "auto",
     "uniform",
@@ -272,6 +274,29 @@ class CompressSettings(Settings):
     task_weight: float = Field(
         default=0.5, ge=0, le=1, description="share of the task in the metrics, where a task is given"
     )
+    elastic: bool = Field(
+        default=False, description="write one folder from which every ratio up to this one can be loaded"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _elastic_cuts_at_once(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("elastic") is True and given.get("method") is None:
+            return given | {"method": "double"}
+        return given
+
+    @model_validator(mode="after")
+    def _elastic_serves_every_ratio(self) -> CompressSettings:
+        if self.elastic and self.method not in AT_ONCE:
+            raise ValueError(
+                f"cuts of method {self.method!r} depend on how deep others are, so no two ratios share them; with "
+                f"elastic it is one of {', '.join(AT_ONCE)}"
+            )
+        if self.elastic and self.ratio is None:
+            raise ValueError("elastic goes with ratio, the largest that can be loaded; bytes are named at loading")
+        if self.elastic and self.allocate not in ("auto", "uniform", "tail", "measured"):
+            raise ValueError("elastic goes with allocate auto, uniform, tail or measured, which loading can repeat")
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> CompressSettings:

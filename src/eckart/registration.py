@@ -1,4 +1,4 @@
-"""Makes `from_pretrained` understand factored checkpoints once eckart is imported, without importing transformers.
+"""Makes `from_pretrained` understand folders that eckart wrote once eckart is imported, without importing transformers.
 
 transformers has no entry points for quantizers, and importing it takes seconds. So its table of quantizers is filled
 when it is there already, or else right after the module that holds it is imported.
@@ -61,3 +61,4 @@ def register_when_imported() -> None:
 def _register() -> None:
     # That module registers itself at its end; it may be what imported transformers, and half done.
     importlib.import_module("eckart.quantizer")
+    importlib.import_module("eckart.elastic")

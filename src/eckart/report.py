@@ -258,6 +258,7 @@ def _compress_page(results: Json) -> Json:
             f"{100 * budget['spent'] / budget['dense']:.1f} % of their {budget['unit']}."
         ),
         "rows": rows,
+        "elastic": results.get("elastic"),
         "allocations": results["allocations"],
         "unit": results["allocations"][0]["divergence"]["unit"],
         "read": "windows" if "windows" in results["calibration"] else "sentences",

@@ -19,6 +19,7 @@ from eckart.laser import SearchResult, forecast, search
 from eckart.ledger import Ledger
 from eckart.matrices import find_matrices
 from eckart.plan import Plan, read_plan, write_plan
+from eckart.quantizer import sizes
 from eckart.recipe import SearchSettings, Settings, write_recipe
 from eckart.report import finish_run
 from eckart.resources import NEW_TOKENS, check_measurable, measure_memory, measure_speed, prompt_of
@@ -269,24 +270,28 @@ def _memory(sides: Mapping[str, str], where: dict[str, Any], progress: Callable[
 
 def run_apply(
     source: str,
-    plan_path: Path,
+    plan_path: Path | None,
     out: Path,
     *,
+    ratio: float | None = None,
+    bytes: int | None = None,
     device: str = "auto",
     dtype: str = "stored",
     force: bool = False,
     dense: bool = False,
     portable: bool = False,
 ) -> tuple[Path, Factoring | None]:
-    """Write the model that a plan describes to `out/model`.
+    """Write the model that a plan describes, or one size of an elastic folder, to `out/model`.
 
     On a CPU, and in the dtype of the files, weights and factors are mapped from files, so that a model may be larger
     than memory. (Where transformers joins several weights of the files into one, as for most experts, that one is not.)
 
     Args:
         source: Folder or hub id of the model that the plan was made for.
-        plan_path: The plan's file, or the folder of a run.
+        plan_path: The plan's file, or the folder of a run; None with `ratio` or `bytes`.
         out: Folder to hold `model/`, which must not be there yet or be empty.
+        ratio: As for `eckart.load`.
+        bytes: As for `eckart.load`.
         device: As for `eckart.load`.
         dtype: As for `eckart.load`.
         force: Accept a plan made for other weights.
@@ -301,10 +306,14 @@ def run_apply(
     """
     folder = out / "model"
     check_empty(folder)
-    plan = read_plan(plan_path)
-    model = load_model(source, device=device, dtype=dtype)
+    plan = None if plan_path is None else read_plan(plan_path)
+    model = load_model(source, device=device, dtype=dtype, ratio=ratio, bytes=bytes)
     check_finite(model)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
+    if plan is None or plan_path is None:
+        after, before = sizes(model)
+        made = None if dense else Factoring(model.config.quantization_config.layers, {}, before, after)
+        return save(model.dequantize() if dense else model, folder, tokenizer, portable=portable), made
     return _write_applied(
         model,
         plan,

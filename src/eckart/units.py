@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from eckart.calibration import Place
 from eckart.errors import MatrixError
-from eckart.experts import FactoredExperts
+from eckart.experts import costs_at
 from eckart.factoring import obstacle
-from eckart.linear import STORAGES, bytes_stored
+from eckart.linear import STORAGES
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
 from eckart.monarch import MonarchLinear, grids
 from eckart.plan import STRUCTURES, Edit
@@ -110,24 +110,15 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
     Returns:
         float64; at the largest rank the dense weight's.
     """
-    out, into = unit.matrices[0].shape
-    count, full = len(unit.matrices), unit.full()
-    in_bytes = settings.unit == "bytes"
-    size = dtype.itemsize if in_bytes else 1
     stacked = unit.matrices[0].expert is not None
-
-    def cost(rank: int) -> float:
-        if rank == full:
-            return size * out * into * count
-        if stacked:
-            return size * FactoredExperts.rounded(rank) * (out + into) * count
-        if settings.method == "monarch":
-            return size * rank * (out + into)
-        numbers = bytes_stored(settings.storage, (out, into), rank, dtype)
-        order = 8 * out if settings.storage == "pivoted" else 0
-        return numbers if in_bytes else (numbers - order) / dtype.itemsize
-
-    return np.array([cost(int(rank)) for rank in ranks], dtype=np.float64)
+    return costs_at(
+        ranks,
+        unit.matrices[0].shape,
+        storage="factored" if settings.method == "monarch" else settings.storage,
+        dtype=dtype,
+        experts=len(unit.matrices) if stacked else 0,
+        in_bytes=settings.unit == "bytes",
+    )
 
 
 def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor) -> list[tuple[int, float]]:

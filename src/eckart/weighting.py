@@ -67,6 +67,11 @@ class WeightedSpectrum:
         """Give `up`, shape (out, rank), and `down`, shape (rank, in), whose product is the best of that rank."""
         return self.left[:, :rank] * self.S[:rank], self.right[:rank]
 
+    def cut(self, rank: int) -> Spectrum:
+        """Give the best matrix of that rank as an ordinary decomposition, float32."""
+        found = as_spectrum(*self.factors(rank))
+        return Spectrum(found.U.float(), found.S.float(), found.Vh.float())
+
 
 @dataclass(frozen=True)
 class Metric:

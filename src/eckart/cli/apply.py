@@ -14,10 +14,16 @@ from eckart.cli.program import Debug, Device, Dtype, Force, Model, Out, app
 @app.command()
 def apply(
     model: Model,
-    plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="plan.json, or the folder of a run.", show_default=False)
-    ],
     out: Out,
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="[PLAN]", help="plan.json, or the folder of a run.", show_default=False)
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Instead of PLAN: one ratio of an elastic folder.", show_default=False)
+    ] = None,
+    bytes: Annotated[
+        int | None, typer.Option(help="Instead of PLAN: what fits, of an elastic folder.", show_default=False)
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Write dense weights, not factors.")] = False,
     portable: Annotated[
         bool, typer.Option("--portable", help="Add a modeling file, for trust_remote_code=True without eckart.")
@@ -27,14 +33,25 @@ def apply(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write the model that a plan describes to OUT/model."""
+    """Write the model that a plan describes, or one size of an elastic one, to OUT/model."""
+    if sum(given is not None for given in (plan, ratio, bytes)) != 1:
+        raise typer.BadParameter("give a PLAN, or of an elastic folder one of --ratio and --bytes", param_hint="PLAN")
     if dense and portable:
         raise typer.BadParameter("dense weights load anywhere as they are", param_hint="--portable")
     with reported(debug):
         from eckart.run import run_apply
 
         folder, factoring = run_apply(
-            model, plan, out, device=device, dtype=dtype, force=force, dense=dense, portable=portable
+            model,
+            plan,
+            out,
+            ratio=ratio,
+            bytes=bytes,
+            device=device,
+            dtype=dtype,
+            force=force,
+            dense=dense,
+            portable=portable,
         )
         if factoring is None or not factoring.layers:
             output.print(f"Wrote {safe(str(folder))}, which plain transformers loads.", soft_wrap=True)

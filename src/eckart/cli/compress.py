@@ -37,6 +37,10 @@ def compress(
         str | None,
         typer.Option(help="auto (best of uniform, tail, measured), or one: sensitivity, groups, signed, mp, …"),
     ] = None,
+    elastic: Annotated[
+        bool | None,
+        typer.Option("--elastic/--no-elastic", help="One folder for every ratio up to this one.", show_default=False),
+    ] = None,
     storage: Annotated[str | None, typer.Option(help="pivoted or factored.  [default: pivoted]")] = None,
     types: Annotated[str | None, typer.Option(help="Types of matrix, or attn, mlp, all: 'fc_in,fc_out'.")] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of the text that are read.  [default: 64]")] = None,
@@ -74,6 +78,7 @@ def compress(
             "task_weight": task_weight,
             "method": method,
             "allocate": allocate,
+            "elastic": elastic,
             "storage": storage,
             "types": words(types),
             "windows": windows,
@@ -112,6 +117,8 @@ def compress(
             sys.stdout.write(to_json(results))
         elif dry_run:
             _print_forecast(results)
+        elif results["elastic"]:
+            _print_elastic(results, out)
         else:
             _print(results, out)
 
@@ -148,5 +155,27 @@ def _print(results: dict[str, Any], out: Path) -> None:
     output.print(
         f"Model:  {safe(str(out / 'model'))} (loads after `import eckart`)\n"
         f"Report: {safe(str(out / 'report.html'))}\nPlan:   {safe(str(out / 'plan.json'))}",
+        soft_wrap=True,
+    )
+
+
+def _print_elastic(results: dict[str, Any], out: Path) -> None:
+    served = results["elastic"]["served"]
+    first = results["quality"][0] if results["quality"] else {"name": "", "before": {}, "after": {}}
+    table = Table("ratio", "bytes", *first["after"], box=box.SIMPLE_HEAD, pad_edge=False)
+    before = (number(first["before"].get(name)) for name in first["after"])
+    table.add_row("dense", f"{results['size']['before'].bytes:,}", *before)
+    for row in served:
+        values = row["quality"][0]["after"].values() if row["quality"] else ()
+        table.add_row(f"{row['ratio']:g}", f"{row['size']['after'].bytes:,}", *map(number, values))
+    output.print(f"One folder of {results['elastic']['bytes']:,} bytes for every ratio up to {served[0]['ratio']:g}:")
+    output.print(table)
+    for warning in results["warnings"]:
+        errors.print(f"[yellow]note:[/] {safe(warning)}")
+    folder = safe(str(out / "model"))
+    output.print(
+        f"Measured on {safe(first['name'])}.\n"
+        f"Model:  {folder} (after `import eckart`, from_pretrained(…, ratio=0.5) or bytes=…)\n"
+        f"Report: {safe(str(out / 'report.html'))}",
         soft_wrap=True,
     )

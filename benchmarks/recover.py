@@ -80,10 +80,10 @@ class Case:
     def losses(self, model: Any) -> np.ndarray:
         return window_losses(model, self.judges.split(8))
 
-    def cut(self, shared: Path, budget: float | str, metric: str = "outputs", **how: Any) -> Any:
+    def cut(self, shared: Path, budget: float | str, metric: str = "outputs", *, pivoted: bool = True) -> Any:
         """The dense model with factors: plain SVD, ASVD (alpha 0.5), or the closed form in the metric of outputs."""
         model, _ = eckart.load(str(shared / "models" / self.name))
-        factor_(model, edits_of(model, budget, **how), at_most=1.01)
+        factor_(model, edits_of(model, budget, pivoted=pivoted), storage="pivoted" if pivoted else "factored")
         if metric != "weights":
             windows = make_windows(self.text, self.tokenizer, RecoverSettings(), None).train[:64]
             moments = input_moments(self.dense, list(low_rank_layers(model)), windows.split(8))

@@ -4,10 +4,10 @@
     python benchmarks/elastic.py --table
 
 The elastic folder is written once by `eckart compress --elastic --ratio 0.9`. Dedicated checkpoints of the same method
-are compressed at each ratio, with the default allocation, which is calibrated there. Perplexity is that of the first 64 windows of 256 tokens of
-the validation text. Loading is timed beside the dedicated folder of the same size (`eckart apply --ratio`), in turns, in
-processor seconds. What is read is counted twice: bytes asked of the files, and bytes of pages that the system had read
-after another process loaded the model from a file that was not in memory and ran it.
+(without neurons) are compressed at each ratio with the default allocation, which is calibrated there. Perplexity is
+that of the first 64 windows of 256 tokens of the validation text. Loading is timed beside the dedicated folder of the
+same size (`eckart apply --ratio`), in turns, in processor seconds. What is read is counted twice: bytes asked of the
+files, and pages that the system read when another process loaded a file that was not in memory, and ran the model.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def resident(path: Path) -> int:
 
 
 def bytes_of_pages(folder: Path, ratio: float) -> int | None:
-    """Bytes of a copy of the weights' file in memory after a process loaded it from the disk; None if they never left."""
+    """Bytes in memory of a copy of the weights' file after a process loaded it from the disk; None if it never left."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         copy = Path(shutil.copytree(folder, Path(place) / "copy"))
         path = copy / "model.safetensors"
@@ -107,7 +107,8 @@ def bytes_of_pages(folder: Path, ratio: float) -> int | None:
         os.close(descriptor)
         if resident(path):
             return None
-        subprocess.run([sys.executable, "-c", LOAD, str(copy), str(ratio)], check=True, capture_output=True)  # noqa: S603
+        command = [sys.executable, "-c", LOAD, str(copy), str(ratio)]
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
         return resident(path)
 
 
@@ -196,7 +197,12 @@ class Bench:
 
     def dedicated(self, method: str, ratio: float) -> None:
         start = time.process_time()
-        found = compress(self.model, self.tokenizer, read_text(self.text), CompressSettings(ratio=ratio, method=method))
+        found = compress(
+            self.model,
+            self.tokenizer,
+            read_text(self.text),
+            CompressSettings(ratio=ratio, method=method, neurons=False),
+        )
         small = load_model(str(self.source))
         factor_(small, found.plan, factors=found.factors, storage="pivoted")
         self.add(
@@ -215,13 +221,10 @@ def table() -> None:
     for path in sorted(RESULTS.glob("elastic-*.json")):
         held = json.loads(path.read_text())
         print(f"\n**{held['model']}**\n")
-        for method, sizes_of in held["folders"].items():
-            print(
-                f"{method}: {sizes_of['bytes']:,} bytes; the dense file {sizes_of['dense']:,}; {sizes_of['seconds']:.0f} s\n"
-            )
-        print(
-            "| method | ratio | perplexity | dedicated | bytes of the model | asked | pages read | CPU s to load | dedicated |"
-        )
+        for method, size in held["folders"].items():
+            print(f"{method}: {size['bytes']:,} bytes; dense {size['dense']:,}; {size['seconds']:.0f} CPU s\n")
+        print("| method | ratio | perplexity | dedicated | bytes of the model | asked | pages read ", end="")
+        print("| CPU s to load | dedicated |")
         print("|---|---|---|---|---|---|---|---|---|")
         for row in held["rows"]:
             if row["kind"] != "elastic":
@@ -260,9 +263,8 @@ def main() -> None:
     if given.table:
         table()
         return
-    assert given.shared is not None and given.work is not None, (
-        "give the folder with models/ and text/, and one for work"
-    )
+    assert given.shared is not None, "give the folder with models/ and text/"
+    assert given.work is not None, "give a folder for what is written"
     torch.set_num_threads(1)
     numbers = [[float(word) for word in words.split(",") if word] for words in (given.ratios, given.dedicated)]
     Bench(given.shared, given.work, given.model).run(given.methods.split(","), *numbers)

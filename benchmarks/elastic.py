@@ -4,7 +4,7 @@
     python benchmarks/elastic.py --table
 
 The elastic folder is written once by `eckart compress --elastic --ratio 0.9`. Dedicated checkpoints of the same method
-(without neurons) are compressed at each ratio with the default allocation, which is calibrated there. Perplexity is
+(without neurons) are compressed at each ratio with the same kind of allocation, calibrated there. Perplexity is
 that of the first 64 windows of 256 tokens of the validation text. Loading is timed beside the dedicated folder of the
 same size (`eckart apply --ratio`), in turns, in processor seconds. What is read is counted twice: bytes asked of the
 files, and pages that the system read when another process loaded a file that was not in memory, and ran the model.
@@ -126,8 +126,8 @@ def seconds_to_load(sides: dict[str, tuple[Path, float | None]]) -> dict[str, di
 
 
 class Bench:
-    def __init__(self, shared: Path, work: Path, name: str):
-        self.shared, self.work, self.name = shared, work / name, name
+    def __init__(self, shared: Path, work: Path, name: str, allocate: str):
+        self.shared, self.work, self.name, self.allocate = shared, work / name, name, allocate
         self.path = RESULTS / f"elastic-{name}.json"
         self.held = (
             json.loads(self.path.read_text()) if self.path.exists() else {"model": name, "rows": [], "folders": {}}
@@ -154,10 +154,11 @@ class Bench:
         out = self.work / method
         if not (out / "results.json").exists():
             start = time.process_time()
-            settings = CompressSettings(ratio=LARGEST, method=method, elastic=True)
+            settings = CompressSettings(ratio=LARGEST, method=method, allocate=self.allocate, elastic=True)
             results = run_compress(str(self.source), self.text, out, settings)
             self.held["folders"][method] = {
                 "bytes": results["elastic"]["bytes"],
+                "allocate": self.allocate,
                 "dense": sum(path.stat().st_size for path in self.source.glob("*.safetensors")),
                 "seconds": time.process_time() - start,
             }
@@ -201,7 +202,7 @@ class Bench:
             self.model,
             self.tokenizer,
             read_text(self.text),
-            CompressSettings(ratio=ratio, method=method, neurons=False),
+            CompressSettings(ratio=ratio, method=method, allocate=self.allocate, neurons=False),
         )
         small = load_model(str(self.source))
         factor_(small, found.plan, factors=found.factors, storage="pivoted")
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("work", nargs="?", type=Path, help="folder that keeps what is written")
     parser.add_argument("--model", choices=TEXTS, default="stories260K")
     parser.add_argument("--methods", default="double,propagated")
+    parser.add_argument("--allocate", default="auto")
     parser.add_argument("--ratios", default="0.9,0.8,0.7,0.6,0.5,0.4")
     parser.add_argument(
         "--dedicated", default="0.9,0.8,0.7,0.6,0.5,0.4", help="of these, compressed by themselves, too"
@@ -267,7 +269,7 @@ def main() -> None:
     assert given.work is not None, "give a folder for what is written"
     torch.set_num_threads(1)
     numbers = [[float(word) for word in words.split(",") if word] for words in (given.ratios, given.dedicated)]
-    Bench(given.shared, given.work, given.model).run(given.methods.split(","), *numbers)
+    Bench(given.shared, given.work, given.model, given.allocate).run(given.methods.split(","), *numbers)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ LAYERS = [
     {"neurons"},
     {"onnx_graph", "onnx_runner"},
     {"linear"},
-    {"experts", "monarch"},
+    {"experts", "monarch", "sparse"},
     {"dataflow"},
     {"quantizer"},
     {"portable", "vllm_plugin", "elastic"},

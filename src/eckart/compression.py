@@ -28,7 +28,7 @@ from eckart import allocate, neurons
 from eckart.allocate import Choice, Curve
 from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
-from eckart.elastic import ElasticConfig, ranks_at
+from eckart.elastic import ElasticConfig, size_at
 from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
@@ -43,16 +43,15 @@ from eckart.matrices import (
     read,
     write,
 )
-from eckart.monarch import Monarch
 from eckart.noise import rank_by
 from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
-from eckart.recipe import CompressSettings
+from eckart.recipe import AT_ONCE, CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.spill import Spill
-from eckart.structures import errors_of, make, prepare
+from eckart.structures import errors_of, make, prepare, structure_of
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
@@ -196,8 +195,8 @@ def compress(
         allocate.check_budget(curves, budget)
         elastic, factors, rounds = None, {}, []
         if settings.elastic:
-            config, ranks, divergence = run.elastic(curves)
-            chosen, elastic = config.allocation, partial(make_elastic_, config=config, units=units, spectra=run.spectra)
+            config, elastic, ranks, divergence = run.elastic(curves)
+            chosen = config.allocation
             choice = {curve.name: curve.at(ranks[curve.name]) for curve in curves}
         else:
             chosen, choice, divergence = run.choose(curves, budget)
@@ -564,17 +563,16 @@ class Steps:
         assert found is not None
         return np.append(errors_of(found)[:-1], 0.0)
 
-    def _structure(self, unit: Unit, rank: int) -> Monarch:
+    def _structure(self, unit: Unit, rank: int) -> Any:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
         key = f"{unit.name} at {rank}"
         kept = self.work.tensors(key)
         if kept is None:
             prepared = self.work.tensors(unit.name)
             assert prepared is not None
-            found = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
-            kept = vars(found)
+            kept = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
             self.work.keep(key, kept)
-        return Monarch(**kept)
+        return structure_of(kept, self.settings)
 
     def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a unit takes for one token at every rank; experts as if each took its turn."""
@@ -617,11 +615,14 @@ class Steps:
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
 
-    def elastic(self, curves: Sequence[Curve]) -> tuple[ElasticConfig, dict[str, int], dict[str, Measurement]]:
+    def elastic(
+        self, curves: Sequence[Curve]
+    ) -> tuple[ElasticConfig, Callable[..., nn.Module], dict[str, int], dict[str, Measurement]]:
         """Choose one way to divide every budget: the one whose divergences multiplied over several ratios are least.
 
         Returns:
-            What the folder holds, the ranks at the largest ratio, and the divergence of each way at each ratio.
+            What the folder holds, what makes it, the ranks at the largest ratio, and the divergence of each way at
+            each ratio.
         """
         names = AUTO if self.settings.allocate == "auto" else ("uniform", self.settings.allocate)
         plain, points = describe(self.model, self.units, self.settings), {}
@@ -634,17 +635,43 @@ class Steps:
                 for number, curve in enumerate(curves)
             }
         scales = [torch.stack([spectrum.S for spectrum in self.spectra(unit)]).cpu() for unit in self.units]
+
+        def ranks_of(config: ElasticConfig, ratio: float) -> dict[str, int]:
+            ranks = size_at(config, scales, dtype=self.dtype, ratio=ratio).ranks
+            return {unit.name: rank for unit, rank in zip(self.units, ranks)}
+
         reference = self.reference()
         ways = {name: with_allocation(plain, name, points if name == "measured" else None) for name in names}
         tried: dict[str, Measurement] = {}
         for number, (name, ratio) in enumerate(itertools.product(ways, ratios)):
             self.tell(Progress("comparing allocations", number, len(ways) * len(ratios)))
-            ranks = dict(zip([u.name for u in self.units], ranks_at(ways[name], scales, dtype=self.dtype, ratio=ratio)))
-            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks, reference)
+            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks_of(ways[name], ratio), reference)
         logs = {name: sum(np.log(max(tried[f"{name} at {ratio:g}"].value, 1e-12)) for ratio in ratios) for name in ways}
-        best = trimmed(ways[min(logs, key=lambda name: (logs[name], name != "uniform"))], scales, self.dtype)
-        ranks = ranks_at(best, scales, dtype=self.dtype)
-        return best, {unit.name: rank for unit, rank in zip(self.units, ranks)}, tried
+        best = ways[min(logs, key=lambda name: (logs[name], name != "uniform"))]
+        cuts = {} if self.settings.method in AT_ONCE else {ratio: ranks_of(best, ratio) for ratio in ratios}
+        for ranks in cuts.values():
+            self._propagated(ranks)
+
+        def spectra(unit: Unit, anchor: int) -> list[WeightedSpectrum]:
+            return self._ordered(unit, [*cuts.values()][anchor]) if cuts else self.spectra(unit)
+
+        held = trimmed(best, scales, self.dtype, {ratio: [*ranks.values()] for ratio, ranks in cuts.items()})
+        made = partial(make_elastic_, config=held, units=self.units, scales=scales, spectra=spectra)
+        return held, made, ranks_of(held, held.ratio), tried
+
+    def _ordered(self, unit: Unit, ranks: Mapping[str, int]) -> list[WeightedSpectrum]:
+        """The components of a unit as `_propagated` cut it, with their singular values in them.
+
+        Of one that was not cut, those of the original inputs.
+        """
+        kept = self.work.tensors(self._cut_key(f"{unit.stack}.{unit.layer}", ranks)) or {}
+        if f"up {unit.matrices[0].name}" not in kept:
+            return [WeightedSpectrum(each.left * each.S, each.S, each.right) for each in self.spectra(unit)]
+        pairs = [(kept[f"up {matrix.name}"], kept[f"down {matrix.name}"]) for matrix in unit.matrices]
+        return [WeightedSpectrum(up, torch.ones(len(down)), down) for up, down in pairs]
+
+    def _cut_key(self, path: str, ranks: Mapping[str, int]) -> str:
+        return f"factors of {path} at {sorted(ranks.items())}"
 
     def allocation(self, name: str, curves: Sequence[Curve], budget: float) -> Choice:
         """Divide the budget in the way of this name."""
@@ -919,7 +946,7 @@ class Steps:
                 self.tell(Progress("cutting", depth, len(self.order)))
                 mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
                 streams.enter(mine)
-                key = f"factors of {path} at {sorted(ranks.items())}"
+                key = self._cut_key(path, ranks)
                 kept = self.work.tensors(key)
                 if kept is None:
                     kept = {}
@@ -955,14 +982,14 @@ class Steps:
         spilled = self.work.tensors(unit.name)
         assert spilled is not None
         rows, columns = self._stay(unit, rank, matrix)
-        gradients, target = spilled[f"gradients.{number}"], weight.double()
+        gradients, target = spilled[f"gradients.{number}"].to(weight.device), weight.double()
         if not unit.mlp:
             gradients = shrunk(gradients, settings.output_shrinkage)
         after, cross, drift, near = inputs.after, inputs.cross, inputs.drift, target
         if rows is not None:
             gradients, target, near = gradients[rows][:, rows], target[rows], near[rows]
         if columns is not None:
-            near = neurons.made_up(target, spilled["moment"].double(), columns)
+            near = neurons.made_up(target, spilled["moment"].to(weight.device).double(), columns)
             after, cross = after[columns][:, columns], cross[:, columns]
             drift = None if drift is None else drift[:, columns]
         left = self._noted(square_root(gradients))

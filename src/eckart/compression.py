@@ -200,8 +200,8 @@ def compress(
             choice = {curve.name: curve.at(ranks[curve.name]) for curve in curves}
         else:
             chosen, choice, divergence = run.choose(curves, budget)
-            choice, cut, rounds = run.iterate(curves, choice, budget)
-            ranks, factors = ranks_of(curves, choice), of_parts(units, cut)
+            choice, factors, rounds = run.iterate(curves, choice, budget)
+            ranks = ranks_of(curves, choice)
     edits = edits_of(units, ranks, settings)
     plan = Plan(
         model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
@@ -842,7 +842,7 @@ class Steps:
         """
         cut = self._joined(ranks_of(curves, choice))
         if self.settings.allocate != "auto" or self.settings.method in STRUCTURES:
-            return choice, cut, []
+            return choice, of_parts(self.units, cut), []
         reference = self.reference()
         now, priced = self._beside(curves, choice, cut, reference)
         rounds = [now]
@@ -857,7 +857,7 @@ class Steps:
                 break
             choice, cut = other, again
             rounds.append(now)
-        return choice, cut, rounds
+        return choice, of_parts(self.units, cut), rounds
 
     def _beside(
         self, curves: Sequence[Curve], choice: Choice, cut: Mapping[str, Factors], reference: Sequence[Tensor]

@@ -110,7 +110,7 @@ def table() -> None:
     ratios = sorted({row["ratio"] for row in rows if "ratio" in row}, reverse=True)
 
     def cell(found: dict) -> str:
-        return f"{found['value']:.4f} ± {found['stderr']:.4f}"
+        return f"{found['value']:.4f} ± {found['stderr']:.1g}"
 
     for measure in ("cosine", "spearman"):
         print(

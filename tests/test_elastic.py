@@ -43,7 +43,7 @@ def text(words=300):
 
 def settings(**given):
     return CompressSettings.model_validate(
-        {"ratio": 0.9, "windows": 6, "measured": 2, "window": 16, "method": "double", **given}
+        {"ratio": 0.9, "windows": 6, "measured": 2, "window": 16, "method": "double", "neurons": False, **given}
     )
 
 

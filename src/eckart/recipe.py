@@ -39,6 +39,8 @@ Allocate = Literal[
     "energy",
     "effective-rank",
 ]
+BY_COST = ("auto", "uniform", "tail", "measured", "sensitivity", "groups")
+"""Allocations that ask of a choice what it costs and errs, not which rank it is."""
 
 
 class Settings(BaseModel):
@@ -261,6 +263,7 @@ class CompressSettings(Settings):
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     floor: float = Field(default=0.3, ge=0, le=1, description="share of its uniform budget that every matrix gets")
     multiple: int = Field(default=1, ge=1, description="ranks are multiples of it")
+    neurons: bool = Field(default=True, description="also remove neurons of MLPs, where that loses less")
     alpha: float = Field(default=0.5, ge=0, le=1, description="power of the mean |x| in method 'asvd'")
     input_shrinkage: float = Field(default=0.1, ge=0, le=1, description="share of the identity in the inputs' metric")
     output_shrinkage: float = Field(default=0.3, ge=0, le=1, description="the same for the outputs' metric")
@@ -316,6 +319,12 @@ class CompressSettings(Settings):
     def unit(self) -> Literal["numbers", "bytes", "seconds"]:
         """What the budget is in."""
         return "bytes" if self.bytes is not None else "seconds" if self.latency is not None else "numbers"
+
+    @property
+    def removes_neurons(self) -> bool:
+        """Whether MLPs may lose neurons: where the metric is full and the allocation asks for no single ranks."""
+        full = self.method in ("whiten", "double", "propagated")
+        return self.neurons and full and not self.elastic and self.unit != "seconds" and self.allocate in BY_COST
 
     @field_validator("types")
     @classmethod

@@ -42,7 +42,6 @@ from eckart.matrices import (
     read,
     write,
 )
-from eckart.monarch import Monarch
 from eckart.noise import rank_by
 from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
@@ -51,7 +50,7 @@ from eckart.recipe import CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.spill import Spill
-from eckart.structures import errors_of, make, prepare
+from eckart.structures import errors_of, make, prepare, structure_of
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
@@ -552,17 +551,16 @@ class Steps:
         assert found is not None
         return np.append(errors_of(found)[:-1], 0.0)
 
-    def _structure(self, unit: Unit, rank: int) -> Monarch:
+    def _structure(self, unit: Unit, rank: int) -> Any:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
         key = f"{unit.name} at {rank}"
         kept = self.work.tensors(key)
         if kept is None:
             prepared = self.work.tensors(unit.name)
             assert prepared is not None
-            found = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
-            kept = vars(found)
+            kept = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
             self.work.keep(key, kept)
-        return Monarch(**kept)
+        return structure_of(kept, self.settings)
 
     def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a unit takes for one token at every rank; experts as if each took its turn."""

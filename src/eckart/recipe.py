@@ -21,7 +21,7 @@ AGREEMENT_POSITIONS = 32
 """Tokens of a window at which predictions are compared."""
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
-Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
+Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch", "lowrank+sparse"]
 AT_ONCE = ("svd", "fwsvd", "asvd", "whiten", "double")
 """Methods by which the cut of a matrix does not depend on the others', so that one decomposition serves every rank."""
 Allocate = Literal[
@@ -273,6 +273,9 @@ class CompressSettings(Settings):
 
     compensation: float = Field(
         default=0.0, ge=0, le=1, description="share of what a block's output lacks that its last weight makes up for"
+    )
+    sparse: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the numbers that are single entries in method 'lowrank+sparse'"
     )
     task_weight: float = Field(
         default=0.5, ge=0, le=1, description="share of the task in the metrics, where a task is given"

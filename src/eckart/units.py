@@ -21,10 +21,10 @@ from eckart.experts import costs_at
 from eckart.factoring import obstacle
 from eckart.linear import STORAGES
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
-from eckart.monarch import MonarchLinear, grids
 from eckart.neurons import Cut
 from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
+from eckart.structures import entries_cost, layers_at, unsuited
 from eckart.truncation import Spectrum
 
 
@@ -86,7 +86,9 @@ def find_units(
     experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
     units = []
     for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter) or _unsuited(matrix, settings)
+        reason = obstacle(model, matrix.parameter) or unsuited(matrix.shape, settings)
+        if settings.method in STRUCTURES and matrix.expert is not None:
+            reason = f"experts have no {settings.method} layer"
         siblings = tuple(whole[matrix.parameter, matrix.expert])
         if reason is not None:
             blocked[matrix.name] = reason
@@ -194,15 +196,6 @@ def mlp_cost(
     return cost
 
 
-def _unsuited(matrix: Matrix, settings: CompressSettings) -> str | None:
-    """Say why a matrix cannot have the structure that is asked for."""
-    if settings.method in STRUCTURES and matrix.expert is not None:
-        return f"experts have no {settings.method} layer"
-    if settings.method == "monarch" and not grids(matrix.shape):
-        return f"no grid divides {matrix.shape[0]} x {matrix.shape[1]} into equal blocks"
-    return None
-
-
 def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
     """Count what a unit takes at every rank: numbers under a ratio, bytes under a budget of bytes.
 
@@ -216,7 +209,7 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
         float64; at the largest rank the dense weight's.
     """
     stacked = unit.matrices[0].expert is not None
-    return costs_at(
+    costs = costs_at(
         ranks,
         unit.matrices[0].shape,
         storage="factored" if settings.method == "monarch" else settings.storage,
@@ -224,6 +217,10 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
         experts=len(unit.matrices) if stacked else 0,
         in_bytes=settings.unit == "bytes",
     )
+    if settings.method == "lowrank+sparse":
+        shape, cut = unit.matrices[0].shape, ranks < unit.full()
+        costs[cut] += [entries_cost(shape, int(rank), settings, dtype) for rank in ranks[cut]]
+    return costs
 
 
 def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor) -> list[tuple[int, float]]:
@@ -241,13 +238,11 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
     full = min(shape)
     ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
     place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers: list[nn.Module]
-    if settings.method == "monarch":
-        grid = grids(shape)[0]
-        ranks = [rank for rank in ranks if rank % grid == 0] or [grid]
-        layers = [MonarchLinear(into, out, grid, rank // grid, False, **place) for rank in ranks]
+    if settings.method in STRUCTURES:
+        built = layers_at(shape, ranks, settings, place)
     else:
-        layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
+        built = [(rank, STORAGES[settings.storage](into, out, rank, False, **place)) for rank in ranks]
+    ranks, layers = [rank for rank, _ in built], [layer for _, layer in built]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]

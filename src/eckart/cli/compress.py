@@ -31,7 +31,8 @@ def compress(
         float | None, typer.Option(help="Kept fraction of the matrices' time for one token, measured here.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="svd, fwsvd, asvd, whiten, double, propagated; monarch.  [default: propagated]")
+        str | None,
+        typer.Option(help="propagated (the default), double, whiten, asvd, fwsvd, svd; monarch, lowrank+sparse."),
     ] = None,
     allocate: Annotated[
         str | None,
@@ -46,6 +47,9 @@ def compress(
     windows: Annotated[int | None, typer.Option(help="Windows of the text that are read.  [default: 64]")] = None,
     floor: Annotated[float | None, typer.Option(help="Share of its uniform budget each matrix gets.")] = None,
     multiple: Annotated[int | None, typer.Option(help="Ranks are multiples of it.  [default: 1]")] = None,
+    sparse: Annotated[
+        float | None, typer.Option(help="Share of the numbers that lowrank+sparse keeps as entries.  [default: 0.1]")
+    ] = None,
     neurons: Annotated[
         bool | None,
         typer.Option(
@@ -81,6 +85,7 @@ def compress(
             "ratio": ratio,
             "bytes": bytes,
             "latency": latency,
+            "sparse": sparse,
             "task_weight": task_weight,
             "method": method,
             "allocate": allocate,

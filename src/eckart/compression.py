@@ -27,7 +27,7 @@ from eckart import allocate, neurons
 from eckart.allocate import Choice, Curve
 from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
-from eckart.elastic import ElasticConfig, ranks_at
+from eckart.elastic import ElasticConfig, size_at
 from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
@@ -46,7 +46,7 @@ from eckart.noise import rank_by
 from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams, blended
-from eckart.recipe import CompressSettings
+from eckart.recipe import AT_ONCE, CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.spill import Spill
@@ -188,8 +188,8 @@ def compress(
         allocate.check_budget(curves, budget)
         elastic, factors = None, {}
         if settings.elastic:
-            config, ranks, divergence = run.elastic(curves)
-            chosen, elastic = config.allocation, partial(make_elastic_, config=config, units=units, spectra=run.spectra)
+            config, elastic, ranks, divergence = run.elastic(curves)
+            chosen = config.allocation
             choice = {curve.name: curve.at(ranks[curve.name]) for curve in curves}
         else:
             chosen, choice, divergence = run.choose(curves, budget)
@@ -603,11 +603,14 @@ class Steps:
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
 
-    def elastic(self, curves: Sequence[Curve]) -> tuple[ElasticConfig, dict[str, int], dict[str, Measurement]]:
+    def elastic(
+        self, curves: Sequence[Curve]
+    ) -> tuple[ElasticConfig, Callable[..., nn.Module], dict[str, int], dict[str, Measurement]]:
         """Choose one way to divide every budget: the one whose divergences multiplied over several ratios are least.
 
         Returns:
-            What the folder holds, the ranks at the largest ratio, and the divergence of each way at each ratio.
+            What the folder holds, what makes it, the ranks at the largest ratio, and the divergence of each way at
+            each ratio.
         """
         names = AUTO if self.settings.allocate == "auto" else ("uniform", self.settings.allocate)
         plain, points = describe(self.model, self.units, self.settings), {}
@@ -620,17 +623,43 @@ class Steps:
                 for number, curve in enumerate(curves)
             }
         scales = [torch.stack([spectrum.S for spectrum in self.spectra(unit)]).cpu() for unit in self.units]
+
+        def ranks_of(config: ElasticConfig, ratio: float) -> dict[str, int]:
+            ranks = size_at(config, scales, dtype=self.dtype, ratio=ratio).ranks
+            return {unit.name: rank for unit, rank in zip(self.units, ranks)}
+
         reference = self.reference()
         ways = {name: with_allocation(plain, name, points if name == "measured" else None) for name in names}
         tried: dict[str, Measurement] = {}
         for number, (name, ratio) in enumerate(itertools.product(ways, ratios)):
             self.tell(Progress("comparing allocations", number, len(ways) * len(ratios)))
-            ranks = dict(zip([u.name for u in self.units], ranks_at(ways[name], scales, dtype=self.dtype, ratio=ratio)))
-            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks, reference)
+            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks_of(ways[name], ratio), reference)
         logs = {name: sum(np.log(max(tried[f"{name} at {ratio:g}"].value, 1e-12)) for ratio in ratios) for name in ways}
-        best = trimmed(ways[min(logs, key=lambda name: (logs[name], name != "uniform"))], scales, self.dtype)
-        ranks = ranks_at(best, scales, dtype=self.dtype)
-        return best, {unit.name: rank for unit, rank in zip(self.units, ranks)}, tried
+        best = ways[min(logs, key=lambda name: (logs[name], name != "uniform"))]
+        cuts = {} if self.settings.method in AT_ONCE else {ratio: ranks_of(best, ratio) for ratio in ratios}
+        for ranks in cuts.values():
+            self._propagated(ranks)
+
+        def spectra(unit: Unit, anchor: int) -> list[WeightedSpectrum]:
+            return self._ordered(unit, [*cuts.values()][anchor]) if cuts else self.spectra(unit)
+
+        held = trimmed(best, scales, self.dtype, {ratio: [*ranks.values()] for ratio, ranks in cuts.items()})
+        made = partial(make_elastic_, config=held, units=self.units, scales=scales, spectra=spectra)
+        return held, made, ranks_of(held, held.ratio), tried
+
+    def _ordered(self, unit: Unit, ranks: Mapping[str, int]) -> list[WeightedSpectrum]:
+        """The components of a unit as `_propagated` cut it, with their singular values in them.
+
+        Of one that was not cut, those of the original inputs.
+        """
+        kept = self.work.tensors(self._cut_key(f"{unit.stack}.{unit.layer}", ranks)) or {}
+        if f"up {unit.matrices[0].name}" not in kept:
+            return [WeightedSpectrum(each.left * each.S, each.S, each.right) for each in self.spectra(unit)]
+        pairs = [(kept[f"up {matrix.name}"], kept[f"down {matrix.name}"]) for matrix in unit.matrices]
+        return [WeightedSpectrum(up, torch.ones(len(down)), down) for up, down in pairs]
+
+    def _cut_key(self, path: str, ranks: Mapping[str, int]) -> str:
+        return f"factors of {path} at {sorted(ranks.items())}"
 
     def allocation(self, name: str, curves: Sequence[Curve], budget: float) -> Choice:
         """Divide the budget in the way of this name."""
@@ -813,7 +842,7 @@ class Steps:
                 streams.enter(mine)
                 if of_task is not None:
                     of_task.enter(mine)
-                key = f"factors of {path} at {sorted(ranks.items())}"
+                key = self._cut_key(path, ranks)
                 kept = self.work.tensors(key)
                 if kept is None:
                     kept = {}

@@ -882,14 +882,14 @@ class Steps:
         spilled = self.work.tensors(unit.name)
         assert spilled is not None
         rows, columns = self._stay(unit, rank, matrix)
-        gradients, target = spilled[f"gradients.{number}"], weight.double()
+        gradients, target = spilled[f"gradients.{number}"].to(weight.device), weight.double()
         if not unit.mlp:
             gradients = shrunk(gradients, settings.output_shrinkage)
         after, cross, drift, near = inputs.after, inputs.cross, inputs.drift, target
         if rows is not None:
             gradients, target, near = gradients[rows][:, rows], target[rows], near[rows]
         if columns is not None:
-            near = neurons.made_up(target, spilled["moment"].double(), columns)
+            near = neurons.made_up(target, spilled["moment"].to(weight.device).double(), columns)
             after, cross = after[columns][:, columns], cross[:, columns]
             drift = None if drift is None else drift[:, columns]
         left = self._noted(square_root(gradients))

@@ -24,7 +24,7 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import STATISTICS_BYTES, Steps
+from eckart.compression import STATISTICS_BYTES, Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write

@@ -5,8 +5,9 @@
     python benchmarks/compress.py SHARED --model minilm      # an encoder: benchmarks/compress_encoder.py
 
 Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
-and so on. Matrices are cut by rank alone; `compress_forms.py` measures what removing neurons adds. Perplexity is that
-of the first 64 windows of the validation text, and of 16 windows of the other model's.
+and so on. Matrices are cut by rank alone, and budgets divided once; the last way is the default of `eckart compress`,
+which removes neurons of MLPs, too, and moves budget between matrices afterwards. Perplexity is that of the first 64
+windows of the validation text, and of 16 windows of the other model's.
 Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
 process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
 """
@@ -46,6 +47,7 @@ WAYS = [
     ("double", ["uniform", "tail", "measured"], ["factored", "pivoted"]),
     ("propagated", ["auto"], ["factored"]),
     ("propagated", ["uniform", "auto"], ["pivoted"]),
+    ("propagated", ["auto"], ["pivoted, neurons, rounds"]),
 ]
 ROUNDED = [("int8", 8), ("int4", 4), ("int4, groups of 32", 4)]
 MORE = ["sensitivity", "groups", "signed", "mp", "effective-rank"]
@@ -141,9 +143,11 @@ class Bench:
         key = {"draw": draw, "ratio": ratio, "method": method, "allocate": allocate, "storage": storage}
         if self.has(**key) or (self.only is not None and f"{method} {allocate} {storage}" != self.only):
             return
-        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=False)
+        default = storage.endswith("rounds")
+        storage = storage.split(",")[0]
+        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=default)
         units, _ = find_units(self.model, find_matrices(self.model), settings)
-        spill = work.setdefault(method, Spill(None))
+        spill = work.setdefault(f"{method}, {default}", Spill(None))
         steps = Steps(self.model, self.tokenizer, settings, windows, units, spill, lambda _: None)
         with evaluating(self.model), each_expert(self.model):
             start = time.process_time()
@@ -154,15 +158,18 @@ class Bench:
                 self.add({"draw": draw, "method": method, "allocate": "reading", "seconds": read_seconds})
             start = time.process_time()
             chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
-            choice, factors, rounds = steps.iterate(curves, choice, steps.budget(curves))
-            if allocate not in ("auto", "uniform") and chosen != allocate:
+            rounds = []
+            if default:
+                choice, factors, rounds = steps.iterate(curves, choice, steps.budget(curves))
+            else:
                 # The table shows every allocation as it is, not the better one of it and uniform.
-                choice = steps.allocation(allocate, curves, steps.budget(curves))
+                if allocate not in ("auto", "uniform") and chosen != allocate:
+                    choice = steps.allocation(allocate, curves, steps.budget(curves))
                 factors = steps.factors(ranks_of(curves, choice))
             ranks = ranks_of(curves, choice)
             seconds = time.process_time() - start
         small = copy.deepcopy(self.model)
-        made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=storage)
+        made = factor_(small, edits_of(steps.units, ranks, settings), factors=factors, storage=storage)
         spent = float(sum(curve.costs[choice[curve.name]] for curve in curves))
         self.add(
             {

@@ -43,6 +43,8 @@ WAYS = [
     ("asvd", ["uniform"], ["factored", "pivoted"]),
     ("whiten", ["uniform"], ["factored", "pivoted"]),
     ("double", ["uniform", "tail", "measured"], ["factored", "pivoted"]),
+    ("monarch", ["uniform"], ["factored"]),  # which it is neither of; its numbers are those of factors
+    ("lowrank+sparse", ["uniform"], ["pivoted"]),
     ("propagated", ["auto"], ["factored"]),
     ("propagated", ["uniform", "auto"], ["pivoted"]),
 ]
@@ -140,7 +142,10 @@ class Bench:
         key = {"draw": draw, "ratio": ratio, "method": method, "allocate": allocate, "storage": storage}
         if self.has(**key) or (self.only is not None and f"{method} {allocate} {storage}" != self.only):
             return
-        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage)
+        # Neurons are removed in the default alone, so that the other rows differ in what they say they differ in.
+        settings = CompressSettings(
+            ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=allocate == "auto"
+        )
         units, _ = find_units(self.model, find_matrices(self.model), settings)
         spill = work.setdefault(method, Spill(None))
         steps = Steps(self.model, self.tokenizer, settings, windows, units, spill, lambda _: None)

@@ -284,19 +284,11 @@ class CompressSettings(Settings):
         default=False, description="write one folder from which every ratio up to this one can be loaded"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _elastic_cuts_at_once(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("elastic") is True and given.get("method") is None:
-            return given | {"method": "double"}
-        return given
-
     @model_validator(mode="after")
     def _elastic_serves_every_ratio(self) -> CompressSettings:
-        if self.elastic and self.method not in AT_ONCE:
+        if self.elastic and self.method not in (*AT_ONCE, "propagated"):
             raise ValueError(
-                f"cuts of method {self.method!r} depend on how deep others are, so no two ratios share them; with "
-                f"elastic it is one of {', '.join(AT_ONCE)}"
+                f"elastic goes with method {', '.join(AT_ONCE)} or propagated, whose components are nested"
             )
         if self.elastic and self.ratio is None:
             raise ValueError("elastic goes with ratio, the largest that can be loaded; bytes are named at loading")

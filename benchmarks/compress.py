@@ -23,7 +23,7 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps
+from eckart.compression import STATISTICS_BYTES, Steps
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write
@@ -177,24 +177,66 @@ class Bench:
         )
 
 
+WIDTH, HIDDEN, BLOCKS, TOKENS = 4096, 11008, 32, 64 * 256
+"""Of a 7 B Llama and its blocks, and of the text."""
+
+
+PASSES = 2 + 2 * 5 + 2
+
+
 def block_of_7b() -> dict:
-    """Time the decompositions of a block shaped as that of a 7 B Llama, at a half and a quarter, and extrapolate."""
+    """Time the parts of compressing a block shaped as that of a 7 B Llama, at an eighth and a quarter; extrapolate.
+
+    The parts, by the steps of `compress` with method `propagated`: moments of inputs and gradients; two decompositions
+    in the metric of every matrix, one to allocate and one for the propagated inputs; moments of these inputs, twice,
+    for both streams; passes: one forward and one for gradients to read, then twice forward for every one of four groups
+    of matrices and to go on, and twice to find what is added to what. A pass is what its products take. Since not all
+    moments fit, the text is read again, through every block, for each of their groups: a part of its own.
+    """
     from eckart.weighting import decompose_weighted, square_root
 
-    found = {}
+    matrices = ((4, WIDTH, WIDTH), (2, HIDDEN, WIDTH), (1, WIDTH, HIDDEN))
+    parts: dict[str, dict[int, float]] = {"decompositions": {}, "moments": {}, "passes": {}}
     for divisor in (8, 4):
-        width, hidden = 4096 // divisor, 11008 // divisor
-        seconds = 0.0
-        for out, into, count in ((width, width, 4), (hidden, width, 2), (width, hidden, 1)):
+        seconds = dict.fromkeys(parts, 0.0)
+        few = 2048
+        for count, out, into in ((count, out // divisor, into // divisor) for count, out, into in matrices):
             weight = torch.randn(out, into)
-            x, g = torch.randn(2 * into, into), torch.randn(2 * out, out)
+            x, g = torch.randn(few, into), torch.randn(few, out)
             start = time.process_time()
-            decompose_weighted(weight, square_root(g.T @ g, shrinkage=0.3), square_root(x.T @ x, shrinkage=0.1))
-            seconds += count * (time.process_time() - start)
-        found[f"width {width}"] = seconds
-    small, large = found.values()
-    power = float(np.log2(large / small))
-    return {"seconds": found, "power": power, "extrapolated": large * 4**power}
+            inputs = (x.T @ x).double()
+            of_inputs = time.process_time()
+            gradients = (g.T @ g).double()
+            of_gradients = time.process_time()
+            # Query, key and value read the same, and so do gate and up: their inputs are summed once.
+            shared = {4: 2, 2: 1, 1: 1}[count]
+            seconds["moments"] += 3 * shared * (of_inputs - start) + count * (of_gradients - of_inputs)
+            left, right = square_root(gradients, shrinkage=0.3), square_root(inputs, shrinkage=0.1)
+            decompose_weighted(weight, left, right)
+            seconds["decompositions"] += 2 * count * (time.process_time() - of_gradients)
+            start = time.process_time()
+            _ = x @ weight.T
+            seconds["passes"] += PASSES * count * (time.process_time() - start)
+        for part in ("moments", "passes"):
+            seconds[part] *= TOKENS / few
+        for part, value in seconds.items():
+            parts[part][WIDTH // divisor] = value
+    found: dict[str, dict] = {}
+    for part, (small, large) in ((part, tuple(held.values())) for part, held in parts.items()):
+        # Products of a fixed number of tokens grow by the square of the width; decompositions as they were seen to.
+        power = float(np.log2(large / small)) if part == "decompositions" else 2.0
+        found[part] = {"seconds": parts[part], "power": power, "extrapolated": large * 4**power}
+    numbers = sum(count * (out**2 + into**2) for count, out, into in matrices)
+    readings = BLOCKS * -(-8 * numbers // STATISTICS_BYTES)
+    found["readings again"] = {"extrapolated": (readings - 1) * 2 * found["passes"]["extrapolated"] / PASSES}
+    return {
+        **found,
+        "extrapolated": sum(each["extrapolated"] for each in found.values()),
+        "weights": sum(count * out * into for count, out, into in matrices),
+        # What is summed in float64 for all matrices of the block.
+        "moments_bytes": 8 * numbers,
+        "readings": readings,
+    }
 
 
 def table() -> None:

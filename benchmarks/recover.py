@@ -28,6 +28,7 @@ from eckart.dataflow import low_rank_layers
 from eckart.factoring import factor_
 from eckart.initialisation import dense_weights, initialise_, input_moments
 from eckart.matrices import find_matrices, read, write
+from eckart.monarch import block_errors, fit
 from eckart.plan import Edit
 from eckart.recipe import CompressSettings, RecoverSettings
 from eckart.recovery import recover
@@ -79,10 +80,10 @@ class Case:
     def losses(self, model: Any) -> np.ndarray:
         return window_losses(model, self.judges.split(8))
 
-    def cut(self, shared: Path, budget: float | str, metric: str = "outputs", **how: Any) -> Any:
+    def cut(self, shared: Path, budget: float | str, metric: str = "outputs", *, pivoted: bool = True) -> Any:
         """The dense model with factors: plain SVD, ASVD (alpha 0.5), or the closed form in the metric of outputs."""
         model, _ = eckart.load(str(shared / "models" / self.name))
-        factor_(model, edits_of(model, budget, **how), at_most=1.01)
+        factor_(model, edits_of(model, budget, pivoted=pivoted), storage="pivoted" if pivoted else "factored")
         if metric != "weights":
             windows = make_windows(self.text, self.tokenizer, RecoverSettings(), None).train[:64]
             moments = input_moments(self.dense, list(low_rank_layers(model)), windows.split(8))
@@ -193,35 +194,17 @@ def teacher(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"stories260K, 0.8, top {top or 'all'}", measure
 
 
-def monarch(weight: torch.Tensor, numbers: int) -> torch.Tensor:
-    """The closest matrix whose slices have one low rank, with at most so many numbers.
-
-    Entries are W[(a, b), (c, d)], with a, b and c, d as near as factors of the sizes come; for each b and c the slice
-    over a and d is cut. At rank 1 that is the projection of Dao et al. 2022, arXiv 2204.00595.
-    """
-    (a, b), (c, d) = ((size // part, part) for size in weight.shape for part in [_factor_near_root(size)])
-    slices = weight.double().reshape(a, b, c, d).permute(1, 2, 0, 3)
-    rank = max(1, min(numbers // (b * c * (a + d)), a, d))
-    U, S, Vh = torch.linalg.svd(slices, full_matrices=False)
-    found = U[..., :rank] * S[..., None, :rank] @ Vh[..., :rank, :]
-    return found.permute(2, 0, 1, 3).reshape(weight.shape).to(weight.dtype)
-
-
-def _factor_near_root(size: int) -> int:
-    return min((part for part in range(1, size + 1) if size % part == 0), key=lambda part: abs(part - size / part))
-
-
 def table(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What can be done without training at rank = half of the smaller side, factored. Its trained rows are `init`'s."""
 
-    def edited(case: Case) -> Any:
+    def monarch(case: Case) -> Any:
         model, _ = eckart.load(str(shared / "models" / case.name))
-        edits = {edit.matrix: edit for edit in edits_of(model, "half")}
-        with torch.no_grad():
-            for matrix in find_matrices(model):
-                if matrix.name in edits:
-                    numbers = edits[matrix.name].rank * sum(matrix.shape)
-                    write(model, matrix, monarch(read(model, matrix), numbers))
+        ranks = {edit.matrix: edit.rank for edit in edits_of(model, "half")}
+        for matrix in find_matrices(model):
+            if matrix.name in ranks:
+                weight, width = read(model, matrix), ranks[matrix.name]
+                grid = int(block_errors(weight)[1][width])
+                write(model, matrix, fit(weight, grid, width // grid).dense())
         return model
 
     def corrected(case: Case, moments: bool) -> Any:
@@ -240,7 +223,7 @@ def table(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         "dense": lambda case: case.dense,
         "svd": lambda case: case.cut(shared, "half", "weights", pivoted=False),
         "asvd": lambda case: case.cut(shared, "half", "asvd", pivoted=False),
-        "monarch": edited,
+        "monarch": monarch,
         "asvd, sensitivity": lambda case: allocated(
             case, method="asvd", allocate="sensitivity", storage="factored", windows=16
         ),
@@ -248,6 +231,7 @@ def table(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         "asvd, correction of outputs": lambda case: corrected(case, moments=True),
         "outputs": lambda case: case.cut(shared, "half", pivoted=False),
         "compress": allocated,
+        "compress, monarch": lambda case: allocated(case, method="monarch"),
     }
     for name, kind in KIND.items():
         for way, make in ways.items():

@@ -22,7 +22,7 @@ from eckart.tasks import Example, make_task
 from eckart.units import find_units, restored, seconds_of
 from nursery import Nursery
 
-METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
+METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch", "lowrank+sparse"]
 
 
 def text(words=300):
@@ -91,7 +91,7 @@ def test_statistics_that_are_singular_are_no_reason_to_fail(method, trouble):
     found = compress(model, tiny.tokenizer(), task, settings(method=method, **given))
     factor_(model, found.plan, factors=found.factors, storage="pivoted")
     assert bool(torch.isfinite(logits(model)).all())
-    if trouble == "unused expert" and method not in ("svd", "asvd", "monarch"):
+    if trouble == "unused expert" and method not in ("svd", "asvd", "monarch", "lowrank+sparse"):
         assert found.facts["roots"]["identity"] > 0
 
 
@@ -188,9 +188,9 @@ def test_signed_slopes_are_the_change_of_the_loss_by_removing_a_component():
 def test_a_task_takes_a_share_in_the_metrics():
     model = tiny.build("llama")
     task = make_task("task", [Example(tiny.sentence(6, seed), f"w{seed + 9}") for seed in range(12)])
-    plain = compress(model, tiny.tokenizer(), text(), settings())
+    plain = compress(model, tiny.tokenizer(), text(), settings(neurons=False))
     found = {
-        weight: compress(model, tiny.tokenizer(), text(), settings(task_weight=weight), task=task)
+        weight: compress(model, tiny.tokenizer(), text(), settings(task_weight=weight, neurons=False), task=task)
         for weight in (0.0, 1.0)
     }
     key = "model.layers.2.mlp.down_proj"
@@ -214,7 +214,7 @@ def test_of_a_task_with_choices_only_the_right_answers_are_read():
 def test_a_forecast_names_the_worst_matrices_and_changes_nothing():
     model = tiny.build("llama")
     before = weights_sha256(model)
-    found = forecast(model, tiny.tokenizer(), text(), settings())
+    found = forecast(model, tiny.tokenizer(), text(), settings(neurons=False))
     values = [row["divergence"].value for row in found["matrices"]]
     assert len(values) == 21
     assert values == sorted(values, reverse=True)
@@ -223,7 +223,8 @@ def test_a_forecast_names_the_worst_matrices_and_changes_nothing():
     assert weights_sha256(model) == before
     # Each alone, by hand.
     worst = found["matrices"][0]
-    chosen = settings(types=(next(m.type for m in find_matrices(model) if m.name == worst["matrix"]),))
+    kind = next(m.type for m in find_matrices(model) if m.name == worst["matrix"])
+    chosen = settings(types=(kind,), neurons=False)
     alone = forecast(model, tiny.tokenizer(), text(), chosen)
     same = next(row for row in alone["matrices"] if row["matrix"] == worst["matrix"])
     assert same["divergence"].value == pytest.approx(worst["divergence"].value, rel=1e-4)
@@ -231,11 +232,10 @@ def test_a_forecast_names_the_worst_matrices_and_changes_nothing():
 
 def test_a_budget_of_time_counts_measured_seconds():
     model = tiny.build("llama")
-    units, _ = find_units(model, find_matrices(model), settings())
+    chosen = settings(ratio=None, latency=0.9)
+    units, _ = find_units(model, find_matrices(model), chosen)
     windows = read_windows(text(), tiny.tokenizer(), length=16, count=6)
-    steps = Steps(
-        model, tiny.tokenizer(), settings(ratio=None, latency=0.9), windows, units, Spill(None), lambda _: None
-    )
+    steps = Steps(model, tiny.tokenizer(), chosen, windows, units, Spill(None), lambda _: None)
     for unit in units:
         shape, full = unit.matrices[0].shape, unit.full()
         steps.work.note(f"seconds of {shape}", [[r, 1.0 + r / full] for r in range(1, full)] + [[full, 3.0]])

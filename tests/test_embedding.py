@@ -13,7 +13,7 @@ from scipy import stats
 
 import eckart
 import tiny_models as tiny
-from eckart.calibration import collect
+from eckart.calibration import collect, read_windows
 from eckart.checkpoint import sentence_files
 from eckart.compression import compress, forecast
 from eckart.dataflow import low_rank_layers
@@ -351,6 +351,29 @@ def test_a_task_is_refused_for_an_encoder():
     task = make_task("task", [Example("w5 w6 w7", "w8")] * 5)
     with pytest.raises(ModelError, match="does not predict tokens"):
         compress(encoder(), tiny.tokenizer(), text(), settings(), task=task)
+
+
+@pytest.mark.parametrize("name", tiny.MASKED)
+def test_a_masked_model_is_read_with_masks_and_compressed_by_its_predictions_there(name):
+    model, tokenizer = tiny.build(name), tiny.tokenizer(mask=True, eos=True)
+    task = make_task("text", [Example(tiny.sentence(300, 0), None)])
+    read = read_windows(task, tokenizer, length=16, count=6, masked=True)
+    for (sequence,), start in zip(read.sequences, range(0, 96, 16)):
+        whole = tokenizer(task.examples[0].prompt).input_ids[start : start + 16]
+        assert sequence.row.ids[0] == 1
+        assert sequence.row.ids[-1] == 2
+        assert [sequence.row.ids[place] for place in sequence.positions] == [4, 4]
+        filled = list(sequence.row.ids)
+        for place, target in zip(sequence.positions, sequence.targets):
+            filled[place] = target
+        assert filled[1:-1] == whole
+    found = [
+        compress(model, tokenizer, task, settings(window=16, windows=6, measured=2, ratio=ratio))
+        for ratio in (0.5, 0.9)
+    ]
+    values = [each.divergence["uniform"] for each in found]
+    assert values[0].value > values[1].value > 0
+    assert values[0].unit == "nats/token"
 
 
 # The program

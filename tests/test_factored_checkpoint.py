@@ -334,6 +334,37 @@ def test_registering_again_does_nothing():
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "grid": 4}}},
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "monarch", "shape": [48, 32], "grid": "4"}}},
         {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "factored", "shape": [48, 32], "rank": 3, "grid": -1}}},
+        {"layers": {"model.layers.1.mlp.gate_proj": {"storage": "sparse", "shape": [48, 32], "nonzeros": 7}}},
+        {
+            "layers": {
+                "model.layers.1.mlp.gate_proj": {
+                    "storage": "sparse",
+                    "shape": [48, 32],
+                    "nonzeros": 7,
+                    "blocks": [{"storage": "dense", "shape": [48, 32]}],
+                }
+            }
+        },
+        {
+            "layers": {
+                "model.layers.1.mlp.gate_proj": {
+                    "storage": "sparse",
+                    "shape": [48, 32],
+                    "nonzeros": 7,
+                    "blocks": [{"storage": "factored", "shape": [32, 48], "rank": 3}],
+                }
+            }
+        },
+        {
+            "layers": {
+                "model.layers.1.mlp.gate_proj": {
+                    "storage": "sparse",
+                    "shape": [48, 32],
+                    "nonzeros": 2.5,
+                    "blocks": [{"storage": "factored", "shape": [48, 32], "rank": 3}],
+                }
+            }
+        },
         {"layers": {}},
         {"layers": {"__class__": {"storage": "factored", "shape": [48, 32], "rank": 3}}},
     ],
@@ -349,7 +380,7 @@ def test_a_config_that_was_tampered_with_is_refused(change, tiny_llama_folder, t
         eckart.load(str(folder))
 
 
-KINDS = ["dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch"]
+KINDS = ["dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch", "sparse"]
 ENTRIES = st.recursive(
     st.builds(
         StoredLayer,
@@ -357,6 +388,7 @@ ENTRIES = st.recursive(
         shape=st.tuples(st.integers(0, 9), st.integers(0, 9)),
         rank=st.none() | st.integers(0, 9),
         grid=st.none() | st.integers(0, 9),
+        nonzeros=st.none() | st.integers(0, 9),
         transposed=st.booleans(),
         ordered=st.booleans(),
     ),

@@ -13,9 +13,10 @@ LAYERS = [
     {"errors", "registration"},
     {"truncation", "results", "layout", "allocate"},
     {"clustering", "spectrum", "noise", "weighting"},
+    {"neurons"},
     {"onnx_graph", "onnx_runner"},
     {"linear"},
-    {"experts", "monarch"},
+    {"experts", "monarch", "sparse"},
     {"dataflow"},
     {"quantizer"},
     {"portable", "vllm_plugin", "elastic"},
@@ -116,6 +117,14 @@ def test_a_device_needs_neither_torch_nor_transformers_to_run_an_exported_model(
         "sys.exit(bool({'torch', 'transformers', 'pydantic', 'onnx'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_whatever_is_imported_first_transformers_knows_every_kind_of_folder():
+    """The quantizer may be what imports transformers, and half done when transformers' table is there."""
+    for first in ("import eckart.factoring", "import eckart; from transformers import AutoModel"):
+        script = f"{first}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; import sys;"
+        script += "sys.exit(not {'eckart', 'eckart_elastic'} <= known.keys())"
+        assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_no_module_has_a_name_that_says_nothing():

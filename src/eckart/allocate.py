@@ -228,6 +228,61 @@ def _spend(curves: Sequence[Curve], losses: Mapping[str, Floats], choice: Choice
         choice = choice | {curve.name: to}
 
 
+@dataclass(frozen=True)
+class Level:
+    """Curves that are chosen from together, and an error that comes with them."""
+
+    error: float
+    curves: tuple[Curve, ...]
+
+
+def combined(levels: Sequence[Level]) -> list[tuple[float, float, int, tuple[int, ...]]]:
+    """List the choices from one of several levels that no other one of the list beats in both cost and error.
+
+    Within a level those are listed that are best at some price of a unit of cost: each lies on the lower convex hull.
+
+    Args:
+        levels: At least one, each with curves.
+
+    Returns:
+        (cost, error, number of the level, index into each of its curves), by ascending cost and descending error.
+    """
+    found = []
+    for number, level in enumerate(levels):
+        hulls = [_hull(curve) for curve in level.curves]
+        steps = []
+        for which, (curve, hull) in enumerate(zip(level.curves, hulls)):
+            costs, errors = np.diff(curve.costs[hull]), -np.diff(curve.errors[hull])
+            steps += [(-gain, which, int(to)) for gain, to in zip(errors / costs, hull[1:])]
+        chosen = [int(hull[0]) for hull in hulls]
+        for _, which, to in [(0.0, 0, chosen[0]), *sorted(steps)]:
+            chosen[which] = to
+            cost = sum(float(curve.costs[index]) for curve, index in zip(level.curves, chosen))
+            error = level.error + sum(float(curve.errors[index]) for curve, index in zip(level.curves, chosen))
+            found.append((cost, error, number, tuple(chosen)))
+    best = []
+    for choice in sorted(found, key=lambda each: each[:2]):
+        if not best or choice[1] < best[-1][1]:
+            best.append(choice)
+    return best
+
+
+def _hull(curve: Curve) -> list[int]:
+    """The points of a curve on its lower convex hull, from the cheapest on."""
+    hull: list[int] = []
+    for index, (cost, error) in enumerate(zip(curve.costs, curve.errors)):
+        if hull and error >= curve.errors[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            slope = (curve.errors[b] - curve.errors[a]) / (curve.costs[b] - curve.costs[a])
+            if (error - curve.errors[a]) / (cost - curve.costs[a]) > slope:
+                break
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
 def calibrated(curve: Curve, points: Sequence[tuple[int, float]]) -> Curve:
     """Scale a curve so that it goes through measured losses.
 

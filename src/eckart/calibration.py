@@ -32,6 +32,7 @@ Place = tuple[str, int | None]
 Seen = Callable[[Place, Tensor, Tensor], Tensor | None]
 """Called with a place, inputs (tokens, in) and outputs; may give other outputs."""
 
+MASKED_EVERY = 7
 # The operand that may be a weight and the one that is multiplied by it.
 _PRODUCTS = {"linear": (1, 0), "matmul": (1, 0), "__matmul__": (1, 0), "mm": (1, 0), "addmm": (2, 1)}
 
@@ -52,7 +53,14 @@ class Moments:
 
 
 def read_windows(
-    task: Task, tokenizer: Any, *, length: int, count: int, first: int = 0, batch_tokens: int = 2048
+    task: Task,
+    tokenizer: Any,
+    *,
+    length: int,
+    count: int,
+    first: int = 0,
+    batch_tokens: int = 2048,
+    masked: bool = False,
 ) -> Encoded:
     """Cut a text into windows of equal length, its documents tokenised one by one and joined.
 
@@ -63,9 +71,10 @@ def read_windows(
         count: Most windows, at least 1.
         first: Windows that are skipped.
         batch_tokens: Most tokens of a batch; one window may exceed it.
+        masked: For a model that fills masks: every seventh token of a window is masked and scored.
 
     Returns:
-        The windows as a perplexity task for a causal model, on the CPU: every token but a window's first is scored.
+        The windows as a perplexity task, on the CPU; for a causal model every token but a window's first is scored.
 
     Raises:
         TaskError: The text has not one whole window there.
@@ -82,10 +91,12 @@ def read_windows(
             "Give a longer text, or shorter or fewer windows."
         )
     windows = [ids[start : start + length] for start in starts]
-    return encode_windows(windows, task, tokenizer, batch_tokens=batch_tokens)
+    return encode_windows(windows, task, tokenizer, batch_tokens=batch_tokens, masked=masked)
 
 
-def encode_windows(windows: Sequence[Sequence[int]], task: Task, tokenizer: Any, *, batch_tokens: int) -> Encoded:
+def encode_windows(
+    windows: Sequence[Sequence[int]], task: Task, tokenizer: Any, *, batch_tokens: int, masked: bool = False
+) -> Encoded:
     """Make a perplexity task of windows of equal length.
 
     Args:
@@ -93,18 +104,35 @@ def encode_windows(windows: Sequence[Sequence[int]], task: Task, tokenizer: Any,
         task: The text that they are from.
         tokenizer: A transformers tokenizer.
         batch_tokens: As for `read_windows`.
+        masked: As for `read_windows`.
 
     Returns:
         As of `read_windows`.
     """
     length = len(windows[0])
-    items = [[Sequence_(Row(tuple(window[:-1])), tuple(range(length - 1)), tuple(window[1:]))] for window in windows]
+    if masked:
+        front = prompt_tokens([""], tokenizer)[0]
+        back = tokenizer("").input_ids[len(front) :]
+        items = [[_masked(window, front, back, tokenizer.mask_token_id)] for window in windows]
+    else:
+        items = [
+            [Sequence_(Row(tuple(window[:-1])), tuple(range(length - 1)), tuple(window[1:]))] for window in windows
+        ]
+    kind = "masked" if masked else "causal"
     pad = tokenizer.pad_token_id or 0
-    blocks = lay_out(items, "plain", kind="causal", pad=pad, batch_tokens=batch_tokens)
-    tokens = (length - 1,) * len(items)
+    blocks = lay_out(items, "plain", kind=kind, pad=pad, batch_tokens=batch_tokens)
+    tokens = tuple(len(item[0].targets) for item in items)
     return Encoded(
-        task, "causal", blocks, len(items), tokens, False, 0, tuple(map(tuple, items)), "plain", batch_tokens, pad
+        task, kind, blocks, len(items), tokens, False, 0, tuple(map(tuple, items)), "plain", batch_tokens, pad
     )
+
+
+def _masked(window: Sequence[int], front: Sequence[int], back: Sequence[int], mask: int) -> Sequence_:
+    """Mask every seventh token, about as many as masked models are trained on."""
+    places = range(min(MASKED_EVERY // 2, len(window) - 1), len(window), MASKED_EVERY)
+    hidden = [mask if place in places else token for place, token in enumerate(window)]
+    row = Row((*front, *hidden, *back))
+    return Sequence_(row, tuple(len(front) + place for place in places), tuple(window[place] for place in places))
 
 
 class Watch(TorchFunctionMode):

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart import allocate
+from eckart import allocate, neurons
 from eckart.allocate import Choice, Curve
 from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
 from eckart.dataflow import evaluating, example_inputs, execution_order
-from eckart.elastic import ElasticConfig, ranks_at
+from eckart.elastic import ElasticConfig, size_at
 from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
@@ -42,26 +42,26 @@ from eckart.matrices import (
     read,
     write,
 )
-from eckart.monarch import Monarch
 from eckart.noise import rank_by
 from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams
-from eckart.recipe import CompressSettings
+from eckart.recipe import AT_ONCE, CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
 from eckart.spill import Spill
-from eckart.structures import errors_of, make, prepare
+from eckart.structures import errors_of, make, prepare, structure_of
 from eckart.surgery import check_finite, weights_sha256
 from eckart.tasks import Task
 from eckart.truncation import Spectrum
-from eckart.units import Unit, costs_of, edits_of, find_units, of_parts, restored, seconds_of
+from eckart.units import Unit, costs_of, described, edits_of, find_units, mlp_cost, of_parts, restored, seconds_of, told
 from eckart.weighting import (
     Root,
     WeightedSpectrum,
     as_spectrum,
     decompose_weighted,
     diagonal_root,
+    shrunk,
     square_root,
 )
 
@@ -188,8 +188,8 @@ def compress(
         allocate.check_budget(curves, budget)
         elastic, factors = None, {}
         if settings.elastic:
-            config, ranks, divergence = run.elastic(curves)
-            chosen, elastic = config.allocation, partial(make_elastic_, config=config, units=units, spectra=run.spectra)
+            config, elastic, ranks, divergence = run.elastic(curves)
+            chosen = config.allocation
             choice = {curve.name: curve.at(ranks[curve.name]) for curve in curves}
         else:
             chosen, choice, divergence = run.choose(curves, budget)
@@ -221,19 +221,7 @@ def compress(
             "spent": allocate.cost_of(curves, choice),
             "dense": float(sum(curve.costs[-1] for curve in curves)),
         },
-        "matrices": [
-            {
-                "matrix": unit.name,
-                "layer": unit.layer,
-                "type": unit.matrices[0].type,
-                "shape": unit.matrices[0].shape,
-                "count": len(unit.matrices),
-                "rank": ranks[unit.name],
-                "cost": float(by_name[unit.name].costs[choice[unit.name]]),
-                "dense": float(by_name[unit.name].costs[-1]),
-            }
-            for unit in units
-        ],
+        "matrices": [row for unit in units for row in described(unit, ranks[unit.name], by_name[unit.name])],
         "stayed_dense": blocked,
         "ratios": ratios_of(settings.ratio or 1.0, curves) if settings.elastic else [],
         "roots": run.roots,
@@ -313,9 +301,9 @@ def read_calibration(
     """
     length, batch = settings.window or WINDOW, settings.batch_tokens
     if pooling is None:
-        return read_windows(
-            text, tokenizer, length=length, count=most or settings.windows, first=first, batch_tokens=batch
-        )
+        masked = model_kind(model, tokenizer) == "masked"
+        count = most or settings.windows
+        return read_windows(text, tokenizer, length=length, count=count, first=first, batch_tokens=batch, masked=masked)
     tokens = (most or settings.windows) * length
     return read_sentences(
         text, model, tokenizer, tokens=tokens, length=length, first=first * length, most=most, batch_tokens=batch
@@ -376,8 +364,7 @@ def forecast(
         rows.append(
             {
                 "matrix": unit.name,
-                "rank": int(curve.ranks[choice[unit.name]]),
-                "of": unit.full(),
+                **told(unit, int(curve.ranks[choice[unit.name]])),
                 "cost": float(curve.costs[choice[unit.name]]),
                 "divergence": None if values is None else mean(np.array(values), steps.divergence_unit),
             }
@@ -478,9 +465,13 @@ class Steps:
                 self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
                 self._keep(unit.name, self._decompose(unit, moments))
         self._kept = [unit.name for unit in self.units]
-        return [self._curve(unit) for unit in self.units]
+        return [self._curve(unit) for unit in list(self.units)]
 
     def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+        if unit.mlp:
+            weights = [read(self.model, matrix) for matrix in unit.matrices]
+            metrics = [self._moments(moments[matrix.name]) for matrix in unit.matrices]
+            return neurons.prepare(weights, [left for left, _ in metrics], metrics[0][1], metrics[-1][1])
         if self.settings.method in STRUCTURES:
             (matrix,) = unit.matrices
             return prepare(read(self.model, matrix), moments[matrix.name], self.settings)
@@ -506,11 +497,16 @@ class Steps:
             return self._noted(diagonal_root(moments.fisher.sqrt())), None
         if method == "asvd":
             return None, self._noted(diagonal_root(moments.magnitude**settings.alpha))
-        if method == "whiten":
-            return None, self._noted(square_root(moments.inputs))
+        left, right = self._moments(moments)
+        return None if left is None else self._noted(square_root(left)), self._noted(square_root(right))
+
+    def _moments(self, moments: Moments) -> tuple[Tensor | None, Tensor]:
+        """The full metrics of the outputs and the inputs of a matrix; None for the identity."""
+        if self.settings.method == "whiten":
+            return None, moments.inputs
         assert moments.gradients is not None
-        left = self._noted(square_root(moments.gradients, shrinkage=settings.output_shrinkage))
-        return left, self._noted(square_root(moments.inputs, shrinkage=settings.input_shrinkage))
+        left = shrunk(moments.gradients, self.settings.output_shrinkage)
+        return left, shrunk(moments.inputs, self.settings.input_shrinkage)
 
     def _noted(self, root: Root) -> Root:
         self._hows.append(root.how)
@@ -528,6 +524,15 @@ class Steps:
         return dict(Counter(how for key in self._kept for how in self.work.numbers(f"roots of {key}") or ()))
 
     def _curve(self, unit: Unit) -> Curve:
+        if unit.mlp:
+            kept = self.work.tensors(unit.name)
+            assert kept is not None
+            shapes = [matrix.shape for matrix in unit.matrices]
+            cost = mlp_cost(shapes, self.settings, self.dtype)
+            cuts, curve = neurons.cuts(kept, shapes, cost, self.settings.multiple)
+            # In the caller's list, from which edits are made.
+            self.units[self.units.index(unit)] = replace(unit, cuts=tuple(cuts))
+            return replace(curve, name=unit.name, group=unit.matrices[0].type)
         tails, ranks = self._errors(unit), allocate.allowed_ranks(unit.full(), self.settings.multiple)
         costs = (
             self._seconds(unit, ranks)
@@ -544,17 +549,16 @@ class Steps:
         assert found is not None
         return np.append(errors_of(found)[:-1], 0.0)
 
-    def _structure(self, unit: Unit, rank: int) -> Monarch:
+    def _structure(self, unit: Unit, rank: int) -> Any:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
         key = f"{unit.name} at {rank}"
         kept = self.work.tensors(key)
         if kept is None:
             prepared = self.work.tensors(unit.name)
             assert prepared is not None
-            found = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
-            kept = vars(found)
+            kept = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
             self.work.keep(key, kept)
-        return Monarch(**kept)
+        return structure_of(kept, self.settings)
 
     def _seconds(self, unit: Unit, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """What a unit takes for one token at every rank; experts as if each took its turn."""
@@ -597,11 +601,14 @@ class Steps:
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
 
-    def elastic(self, curves: Sequence[Curve]) -> tuple[ElasticConfig, dict[str, int], dict[str, Measurement]]:
+    def elastic(
+        self, curves: Sequence[Curve]
+    ) -> tuple[ElasticConfig, Callable[..., nn.Module], dict[str, int], dict[str, Measurement]]:
         """Choose one way to divide every budget: the one whose divergences multiplied over several ratios are least.
 
         Returns:
-            What the folder holds, the ranks at the largest ratio, and the divergence of each way at each ratio.
+            What the folder holds, what makes it, the ranks at the largest ratio, and the divergence of each way at
+            each ratio.
         """
         names = AUTO if self.settings.allocate == "auto" else ("uniform", self.settings.allocate)
         plain, points = describe(self.model, self.units, self.settings), {}
@@ -614,17 +621,43 @@ class Steps:
                 for number, curve in enumerate(curves)
             }
         scales = [torch.stack([spectrum.S for spectrum in self.spectra(unit)]).cpu() for unit in self.units]
+
+        def ranks_of(config: ElasticConfig, ratio: float) -> dict[str, int]:
+            ranks = size_at(config, scales, dtype=self.dtype, ratio=ratio).ranks
+            return {unit.name: rank for unit, rank in zip(self.units, ranks)}
+
         reference = self.reference()
         ways = {name: with_allocation(plain, name, points if name == "measured" else None) for name in names}
         tried: dict[str, Measurement] = {}
         for number, (name, ratio) in enumerate(itertools.product(ways, ratios)):
             self.tell(Progress("comparing allocations", number, len(ways) * len(ratios)))
-            ranks = dict(zip([u.name for u in self.units], ranks_at(ways[name], scales, dtype=self.dtype, ratio=ratio)))
-            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks, reference)
+            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks_of(ways[name], ratio), reference)
         logs = {name: sum(np.log(max(tried[f"{name} at {ratio:g}"].value, 1e-12)) for ratio in ratios) for name in ways}
-        best = trimmed(ways[min(logs, key=lambda name: (logs[name], name != "uniform"))], scales, self.dtype)
-        ranks = ranks_at(best, scales, dtype=self.dtype)
-        return best, {unit.name: rank for unit, rank in zip(self.units, ranks)}, tried
+        best = ways[min(logs, key=lambda name: (logs[name], name != "uniform"))]
+        cuts = {} if self.settings.method in AT_ONCE else {ratio: ranks_of(best, ratio) for ratio in ratios}
+        for ranks in cuts.values():
+            self._propagated(ranks)
+
+        def spectra(unit: Unit, anchor: int) -> list[WeightedSpectrum]:
+            return self._ordered(unit, [*cuts.values()][anchor]) if cuts else self.spectra(unit)
+
+        held = trimmed(best, scales, self.dtype, {ratio: [*ranks.values()] for ratio, ranks in cuts.items()})
+        made = partial(make_elastic_, config=held, units=self.units, scales=scales, spectra=spectra)
+        return held, made, ranks_of(held, held.ratio), tried
+
+    def _ordered(self, unit: Unit, ranks: Mapping[str, int]) -> list[WeightedSpectrum]:
+        """The components of a unit as `_propagated` cut it, with their singular values in them.
+
+        Of one that was not cut, those of the original inputs.
+        """
+        kept = self.work.tensors(self._cut_key(f"{unit.stack}.{unit.layer}", ranks)) or {}
+        if f"up {unit.matrices[0].name}" not in kept:
+            return [WeightedSpectrum(each.left * each.S, each.S, each.right) for each in self.spectra(unit)]
+        pairs = [(kept[f"up {matrix.name}"], kept[f"down {matrix.name}"]) for matrix in unit.matrices]
+        return [WeightedSpectrum(up, torch.ones(len(down)), down) for up, down in pairs]
+
+    def _cut_key(self, path: str, ranks: Mapping[str, int]) -> str:
+        return f"factors of {path} at {sorted(ranks.items())}"
 
     def allocation(self, name: str, curves: Sequence[Curve], budget: float) -> Choice:
         """Divide the budget in the way of this name."""
@@ -719,9 +752,8 @@ class Steps:
         if self.settings.method in STRUCTURES:
             write(self.model, unit.matrices[0], self._structure(unit, rank).dense())
             return
-        for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-            up, down = spectrum.factors(rank)
-            write(self.model, matrix, up @ down)
+        for matrix, found in self._plain(unit, rank).items():
+            write(self.model, matrix, found.dense())
 
     def alone(self, curves: Sequence[Curve], choices: Sequence[Choice]) -> dict[str, list[tuple[int, list[float]]]]:
         """Measure the divergence with each unit alone cut, as each of some choices has it.
@@ -767,25 +799,45 @@ class Steps:
         return {**of_parts(self.units, found)}
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
-        found: dict[str, Spectrum] = {}
-        for unit in self.units:
-            if ranks[unit.name] < unit.full():
-                for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-                    found[matrix.name] = spectrum.cut(ranks[unit.name])
-        return found
+        plain = [self._plain(unit, ranks[unit.name]) for unit in self.units]
+        return {matrix.name: found.spectrum() for each in plain for matrix, found in each.items()}
+
+    def _plain(self, unit: Unit, rank: int) -> dict[Matrix, _Product]:
+        """What the matrices of a unit that are cut become, for the inputs that they had."""
+        ranks = unit.ranks(rank)
+        if rank == unit.full():
+            return {}
+        if not unit.mlp:
+            return {m: _Product(m.shape, *each.factors(rank)) for m, each in zip(unit.matrices, self.spectra(unit))}
+        kept = self.work.tensors(unit.name)
+        assert kept is not None
+        weights = [read(self.model, matrix) for matrix in unit.matrices]
+        pairs = neurons.factors(kept, weights, unit.cuts[rank - 1])
+        found = zip(unit.matrices, pairs, ranks)
+        return {m: _Product(m.shape, *pair, *self._stay(unit, rank, m)) for m, pair, r in found if r is not None}
+
+    def _stay(self, unit: Unit, rank: int, matrix: Matrix) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and columns of a matrix that stay; None for all."""
+        if not unit.mlp:
+            return None, None
+        kept = self.work.tensors(unit.name)
+        assert kept is not None
+        stays = neurons.stay(kept["order"], unit.cuts[rank - 1].width)
+        return (None, stays) if matrix is unit.matrices[-1] else (stays, None)
 
     def _propagated(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         """Cut block by block, for the inputs that the cut model gives."""
         found: dict[str, Spectrum] = {}
         units = {matrix.name: unit for unit in self.units for matrix in unit.matrices}
-        cut = [matrix for unit in self.units if ranks[unit.name] < unit.full() for matrix in unit.matrices]
+        wanted = {m.name: r for unit in self.units for m, r in zip(unit.matrices, unit.ranks(ranks[unit.name]))}
+        cut = [matrix for unit in self.units for matrix in unit.matrices if wanted[matrix.name] is not None]
         streams = Streams(self.model, self.order, self.windows.blocks)
         with restored(self.model, cut):
             for depth, (path, _) in enumerate(self.order):
                 self.tell(Progress("cutting", depth, len(self.order)))
                 mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
                 streams.enter(mine)
-                key = f"factors of {path} at {sorted(ranks.items())}"
+                key = self._cut_key(path, ranks)
                 kept = self.work.tensors(key)
                 if kept is None:
                     kept = {}
@@ -793,48 +845,84 @@ class Steps:
                         inputs = streams.inputs(group)
                         for matrix in group:
                             unit = units[matrix.name]
-                            up, down = self._fit(streams.original(matrix), unit, matrix, inputs[matrix.name]).factors(
-                                ranks[unit.name]
+                            fitted = self._fit(
+                                streams.original(matrix), unit, matrix, inputs[matrix.name], ranks[unit.name]
                             )
-                            write(self.model, matrix, up @ down)
+                            up, down = fitted.factors(wanted[matrix.name] or 0)
+                            product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
+                            write(self.model, matrix, product.dense())
                             kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
                     self._keep(key, kept)
                 self._kept.append(key)
                 for matrix in mine:
+                    unit = units[matrix.name]
                     up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
-                    write(self.model, matrix, up @ down)
-                    found[matrix.name] = _narrow(as_spectrum(up, down))
+                    product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
+                    write(self.model, matrix, product.dense())
+                    found[matrix.name] = product.spectrum()
                 streams.advance()
         for unit in self.units:  # outside the blocks
-            if ranks[unit.name] < unit.full() and unit.matrices[0].name not in found:
-                for matrix, spectrum in zip(unit.matrices, self.spectra(unit)):
-                    found[matrix.name] = spectrum.cut(ranks[unit.name])
+            if not any(matrix.name in found for matrix in unit.matrices):
+                plain = self._plain(unit, ranks[unit.name])
+                found |= {matrix.name: product.spectrum() for matrix, product in plain.items()}
         return found
 
-    def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs) -> WeightedSpectrum:
-        """Decompose a matrix for the inputs it gets: |W x - W' y| in the metric of its outputs."""
-        settings = self.settings
+    def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs, rank: int) -> WeightedSpectrum:
+        """Decompose what stays of a matrix for the inputs it gets: |W x - W' y| in the metric of its outputs."""
+        settings, number = self.settings, unit.matrices.index(matrix)
         spilled = self.work.tensors(unit.name)
         assert spilled is not None
-        gradients = spilled[f"gradients.{unit.matrices.index(matrix)}"]
-        left = self._noted(square_root(gradients, shrinkage=settings.output_shrinkage))
-        right = self._noted(square_root(inputs.after, shrinkage=settings.input_shrinkage))
+        rows, columns = self._stay(unit, rank, matrix)
+        gradients, target = spilled[f"gradients.{number}"], weight.double()
+        if not unit.mlp:
+            gradients = shrunk(gradients, settings.output_shrinkage)
+        after, cross, drift, near = inputs.after, inputs.cross, inputs.drift, target
+        if rows is not None:
+            gradients, target, near = gradients[rows][:, rows], target[rows], near[rows]
+        if columns is not None:
+            near = neurons.made_up(target, spilled["moment"].double(), columns)
+            after, cross = after[columns][:, columns], cross[:, columns]
+            drift = None if drift is None else drift[:, columns]
+        left = self._noted(square_root(gradients))
+        right = self._noted(square_root(after, shrinkage=settings.input_shrinkage))
         if right.how == "identity":
-            return decompose_weighted(weight, left, right)
+            return decompose_weighted(near, left, right)
         share = settings.input_shrinkage
-        aim = torch.lerp(inputs.after, inputs.cross, settings.propagation) * (1 - share)
-        aim.diagonal().add_(share * inputs.after.diagonal().mean())
-        wanted = weight.double() @ aim
-        if inputs.drift is not None:
+        seen = inputs.after if columns is None else inputs.after[:, columns]
+        wanted = (1 - share) * target @ torch.lerp(seen, cross, settings.propagation)
+        wanted += share * after.diagonal().mean() * near
+        if drift is not None:
             # What the block's output lacks beside this weight's own part of it is asked of this weight, too.
-            own = weight.double() @ (inputs.cross - inputs.after)
-            wanted += settings.compensation * (1 - share) * (inputs.drift - own)
+            wanted += settings.compensation * (1 - share) * (drift - target @ (cross - seen))
         # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
         return decompose_weighted(right.solve_after(wanted), left, right)
 
 
-def _narrow(spectrum: Spectrum) -> Spectrum:
-    return Spectrum(spectrum.U.float(), spectrum.S.float(), spectrum.Vh.float())
+@dataclass(frozen=True)
+class _Product:
+    """Two factors, and the rows and columns of a matrix in which their product stands; zeros in the others."""
+
+    shape: tuple[int, int]
+    up: Tensor
+    down: Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        up, down = self._spread(self.up, self.down)
+        return up @ down
+
+    def spectrum(self) -> Spectrum:
+        found = as_spectrum(self.up, self.down)
+        up, down = self._spread(found.U, found.Vh)
+        return Spectrum(up.float(), found.S.float(), down.float())
+
+    def _spread(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rows is not None:
+            up = up.new_zeros(self.shape[0], up.shape[1]).index_copy(0, self.rows.to(up.device), up)
+        if self.columns is not None:
+            down = down.new_zeros(len(down), self.shape[1]).index_copy(1, self.columns.to(down.device), down)
+        return up, down
 
 
 def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:

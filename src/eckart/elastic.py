@@ -44,8 +44,8 @@ class ElasticPart:
     rows: int
     unit: int | None = None
     """Its place among all that share the budget; None for rows that are never cut."""
-    components: int = 0
-    """How many are stored: the largest rank it can be loaded with, but for all."""
+    components: tuple[int, ...] = ()
+    """How many are stored for each anchor: the largest rank it can be loaded with, but for all."""
     dense: bool = True
     """Its rows are stored as they are, too, since it may be loaded without a cut."""
     points: tuple[tuple[int, float], ...] = ()
@@ -93,7 +93,7 @@ class ElasticWeight:
             raise ValueError("transposed, bias and ordered are true or false")
         if sum(part.rows for part in found.parts) != found.shape[0]:
             raise ValueError(f"its parts have {[part.rows for part in found.parts]} rows, and it has {found.shape[0]}")
-        if any(part.components > min(part.rows, found.shape[1]) for part in found.parts):
+        if any(count > found.full(part) for part in found.parts for count in part.components):
             raise ValueError("a part has more components than its largest rank")
         if found.experts and (len(found.parts) > 1 or found.bias or found.ordered):
             raise ValueError("a stack of experts has one part and no bias")
@@ -110,8 +110,9 @@ class ElasticWeight:
         for number, part in enumerate(self.parts):
             if part.unit is not None:
                 found[f"{number}.scales"] = (*stack, self.full(part))
-            if part.components:
-                found[f"{number}.components"] = (part.components, *stack, part.rows + self.shape[1])
+            for anchor, count in enumerate(part.components):
+                if count:
+                    found[f"{number}.components.{anchor}"] = (count, *stack, part.rows + self.shape[1])
             if part.dense:
                 found[f"{number}.dense"] = (*stack, part.rows, self.shape[1])
         if self.bias:
@@ -131,6 +132,9 @@ class ElasticConfig(QuantizationConfigMixin):
         floor: As for `allocate.priced`.
         multiple: Ranks are multiples of it.
         ratio: The largest that can be loaded.
+        anchors: For a method whose cuts depend on how deep others are: ratios at which all were cut, descending, the
+            largest first. Each has components of its own, multiplied by their singular values, and serves the ratios
+            from the next one up to itself. Empty where one decomposition serves all.
         parameters: Of the whole dense model.
         schema_version: Of this format.
         quant_method: `eckart_elastic`.
@@ -148,6 +152,7 @@ class ElasticConfig(QuantizationConfigMixin):
         multiple: int,
         ratio: float,
         parameters: int,
+        anchors: Sequence[float] = (),
         schema_version: int = SCHEMA_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -163,6 +168,7 @@ class ElasticConfig(QuantizationConfigMixin):
         self.allocation, self.floor, self.multiple = allocation, floor, multiple
         self.ratio, self.parameters = ratio, parameters
         try:
+            self.anchors = list(anchors)
             self.weights = {name: ElasticWeight.from_json(weight) for name, weight in weights.items()}
             self._check()
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -188,6 +194,13 @@ class ElasticConfig(QuantizationConfigMixin):
             raise ValueError("floor and ratio are fractions")
         if not _is_count(self.multiple, 1) or not _is_count(self.parameters, 1):
             raise ValueError("multiple and parameters are positive integers")
+        if self.anchors and not all(map(_is_number, self.anchors)):
+            raise ValueError("anchors are fractions")
+        if self.anchors and (self.anchors[0] != self.ratio or self.anchors != sorted(self.anchors, reverse=True)):
+            raise ValueError("anchors descend from the largest ratio")
+        counts = {len(part.components) for weight in self.weights.values() for part in weight.parts if part.components}
+        if counts - {max(1, len(self.anchors))}:
+            raise ValueError("every unit has components for every anchor")
         units = sorted(part.unit for weight in self.weights.values() for part in weight.parts if part.unit is not None)
         if not units or units != list(range(len(units))):
             raise ValueError("units are not numbered from 0")
@@ -234,14 +247,24 @@ def curves_of(
     return found
 
 
-def ranks_at(
+@dataclass(frozen=True)
+class ElasticSize:
+    """What is loaded."""
+
+    ranks: list[int]
+    """Of every unit; the largest means that it stays dense."""
+    anchor: int
+    """Whose components are read."""
+
+
+def size_at(
     config: ElasticConfig,
     scales: Sequence[Tensor],
     *,
     dtype: torch.dtype,
     ratio: float | None = None,
     bytes: float | None = None,
-) -> list[int]:
+) -> ElasticSize:
     """Divide a budget among the units.
 
     Args:
@@ -252,7 +275,7 @@ def ranks_at(
         bytes: Of the whole model in that dtype, in place of a ratio. More than the largest model takes gives that one.
 
     Returns:
-        For each unit its rank; the largest means that it stays dense.
+        The rank of every unit, and the lowest anchor that is not below what they keep.
 
     Raises:
         RankError: The budget is too small, more than is stored, or both were given.
@@ -273,24 +296,27 @@ def ranks_at(
     allocate.check_budget(curves, allowed)
     units = config.units()
     if bytes is not None:
-        largest = ranks_at(config, scales, dtype=dtype)
-        pairs = zip(units, np.array(largest).reshape(-1, 1))
-        if allowed >= sum(_costs(config, weight, part, rank, dtype, True)[0] for (*_, weight, part), rank in pairs):
+        largest = size_at(config, scales, dtype=dtype)
+        if allowed >= _cost(config, largest.ranks, dtype, in_bytes=True):
             return largest
     points = {
         curve.name: [(int(at), loss) for rank, loss in part.points for at in (curve.ranks == rank).nonzero()[0]]
         for curve, (_, _, _, part) in zip(curves, units)
     }
     choice = allocate.divided(config.allocation, curves, allowed, floor=config.floor, points=points)
+    wanted = [int(curve.ranks[choice[curve.name]]) for curve in curves]
+    fulls = [weight.full(part) for *_, weight, part in units]
+    kept = _cost(config, wanted, dtype) / _cost(config, fulls, dtype) if bytes is not None else budget
+    anchor = max(0, sum(each >= kept - 1e-9 for each in config.anchors) - 1)
     found = []
-    for curve, (_, _, weight, part) in zip(curves, units):
-        rank, full = int(curve.ranks[choice[curve.name]]), weight.full(part)
-        if rank > part.components and not (rank == full and part.dense):
+    for curve, rank, full, (*_, part) in zip(curves, wanted, fulls, units):
+        most = part.components[anchor]
+        if rank > most and not (rank == full and part.dense):
             # A budget between those that were tried when the folder was written may want more of a matrix than any did.
-            stored = curve.ranks[(curve.ranks <= part.components) & (curve.ranks < full)]
-            rank = int(stored[-1]) if len(stored) else part.components
+            stored = curve.ranks[(curve.ranks <= most) & (curve.ranks < full)]
+            rank = int(stored[-1]) if len(stored) else most or full
         found.append(rank)
-    return found
+    return ElasticSize(found, anchor)
 
 
 class ElasticQuantizer(LowRankQuantizer):
@@ -306,11 +332,11 @@ class ElasticQuantizer(LowRankQuantizer):
         if not all(bool(torch.isfinite(each).all()) and bool((each >= 0).all()) for each in scales):
             raise _not_understood("singular values are finite and not negative")
         asked = {name: getattr(model.config, name, None) for name in ("ratio", "bytes")}
-        self.ranks = ranks_at(config, scales, dtype=model.dtype, **asked)
+        self.size = size_at(config, scales, dtype=model.dtype, **asked)
         layers: dict[str, StoredLayer] = {}
         self.paths: dict[str, str] = {}
         for name in config.weights:
-            path, stored = path_in(model, name), stored_at(config, name, self.slices, self.ranks)
+            path, stored = path_in(model, name), stored_at(config, name, self.slices, self.size.ranks)
             if path is not None:
                 self.paths[name] = path
             if stored.storage != "dense":
@@ -412,7 +438,7 @@ def stored_at(config: ElasticConfig, path: str, slices: Slices, ranks: Sequence[
 
 
 def load_weight(
-    config: ElasticConfig, path: str, slices: Slices, ranks: Sequence[int], dtype: torch.dtype
+    config: ElasticConfig, path: str, slices: Slices, size: ElasticSize, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Make a weight of the size that it is to have, reading what that takes.
 
@@ -420,14 +446,14 @@ def load_weight(
         config: Of an elastic folder.
         path: Of one of its weights.
         slices: Its tensors.
-        ranks: Of all units.
+        size: Of the model.
         dtype: Of the result.
 
     Returns:
         Names after the path -> tensors on the CPU: the state of the layer that `factor_` makes of the same cut, to the
         bit where the components are stored in float32. `""` is the parameter itself, of experts that stay dense.
     """
-    weight = config.weights[path]
+    weight, ranks = config.weights[path], size.ranks
     bias = slices.read(f"{path}.elastic.bias") if weight.bias else None
     pieces = _pieces(weight, slices, path, ranks)
     if all(rank is None for _, rank, _ in pieces):
@@ -436,14 +462,14 @@ def load_weight(
         return {"": dense} if weight.experts else {"weight": dense} | ({} if bias is None else {"bias": bias.to(dtype)})
     if weight.experts:
         rank = pieces[0][1] or 0
-        cut = [spectrum.cut(rank) for spectrum in _spectra(weight, slices, path, 0, rank)]
+        cut = [spectrum.cut(rank) for spectrum in _spectra(config, path, slices, 0, size.anchor, rank)]
         return FactoredExperts.from_spectra(cut, transposed=weight.transposed, dtype=dtype).state_dict()
     kept, dense = _dense(weight, slices, path, ranks)
     blocks: list[nn.Linear | LowRankLayer] = []
     for rows, rank, number in pieces:
         part_bias = None if bias is None else bias[rows]
         if rank is not None:
-            (spectrum,) = _spectra(weight, slices, path, number, rank)
+            (spectrum,) = _spectra(config, path, slices, number, size.anchor, rank)
             made = STORAGES[config.storage].from_spectrum(spectrum.cut(rank), bias=part_bias, dtype=dtype)
         else:
             made = nn.Linear(weight.shape[1], len(rows), bias is not None, device="meta", dtype=dtype)
@@ -501,13 +527,15 @@ def _dense(weight: ElasticWeight, slices: Slices, path: str, ranks: Sequence[int
     return rows.sort().values, torch.cat(values[1:], -2)[..., rows.argsort(), :]
 
 
-def _spectra(weight: ElasticWeight, slices: Slices, path: str, number: int, rank: int) -> list[WeightedSpectrum]:
+def _spectra(
+    config: ElasticConfig, path: str, slices: Slices, number: int, anchor: int, rank: int
+) -> list[WeightedSpectrum]:
     """The first components of a part, by themselves or of every expert."""
-    part = weight.parts[number]
-    components = slices.read(f"{path}.elastic.{number}.components", rank).double()
-    values = slices.read(f"{path}.elastic.{number}.scales")
-    stack = max(1, weight.experts)
-    components = components.reshape(rank, stack, -1)
+    weight = config.weights[path]
+    part, stack = weight.parts[number], max(1, weight.experts)
+    components = slices.read(f"{path}.elastic.{number}.components.{anchor}", rank).double().reshape(rank, stack, -1)
+    # Those of an anchor have their singular values in them.
+    values = torch.ones(stack, rank).double() if config.anchors else slices.read(f"{path}.elastic.{number}.scales")
     return [
         WeightedSpectrum(components[:, each, : part.rows].T, scales[:rank], components[:, each, part.rows :])
         for each, scales in enumerate(values.reshape(stack, -1))
@@ -535,7 +563,7 @@ class _Make:
     def convert(self, _: Any, *, model: Any, **__: Any) -> dict[str, Tensor]:
         """Make them."""
         quantizer = self.hf_quantizer
-        made = load_weight(quantizer.elastic, self.name, quantizer.slices, quantizer.ranks, model.dtype)
+        made = load_weight(quantizer.elastic, self.name, quantizer.slices, quantizer.size, model.dtype)
         return {f"{self.path}.{name}" if name else self.path: tensor for name, tensor in made.items()}
 
 
@@ -548,6 +576,7 @@ def register() -> None:
 def _costs(
     config: ElasticConfig, weight: ElasticWeight, part: ElasticPart, ranks: Any, dtype: torch.dtype, in_bytes: bool
 ) -> Any:
+    """What a unit takes at some ranks."""
     return costs_at(
         ranks,
         (part.rows, weight.shape[1]),
@@ -555,6 +584,16 @@ def _costs(
         dtype=dtype,
         experts=weight.experts,
         in_bytes=in_bytes,
+    )
+
+
+def _cost(config: ElasticConfig, ranks: Sequence[int], dtype: torch.dtype, in_bytes: bool = False) -> float:
+    """What all units take together."""
+    return float(
+        sum(
+            _costs(config, weight, part, np.array([rank]), dtype, in_bytes)[0]
+            for rank, (*_, weight, part) in zip(ranks, config.units())
+        )
     )
 
 
@@ -577,15 +616,22 @@ def _part(entry: Any) -> ElasticPart:
     points = given.get("points", ())
     if not isinstance(points, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in points):
         raise ValueError("points are pairs of a rank and a loss")
-    part = ElasticPart(**given | {"points": tuple((rank, loss) for rank, loss in points)})
+    components = given.get("components", ())
+    if not isinstance(components, (list, tuple)) or not all(map(_is_count, components)):
+        raise ValueError("components are counts")
+    part = ElasticPart(
+        **given | {"points": tuple((rank, loss) for rank, loss in points), "components": tuple(components)}
+    )
     if not all(_is_count(rank, 1) and _is_number(loss) for rank, loss in part.points):
         raise ValueError("points are pairs of a rank and a loss")
-    if not _is_count(part.rows, 1) or not _is_count(part.components) or type(part.dense) is not bool:
-        raise ValueError("rows and components are counts, and dense is true or false")
+    if not _is_count(part.rows, 1) or type(part.dense) is not bool:
+        raise ValueError("rows are a count, and dense is true or false")
     if part.unit is None and (part.components or not part.dense):
         raise ValueError("rows that are never cut are dense")
     if part.unit is not None and (not _is_count(part.unit) or not part.components):
         raise ValueError("a unit has a number and components")
+    if 0 in part.components and not part.dense:
+        raise ValueError("a unit without components is dense")
     return part
 
 

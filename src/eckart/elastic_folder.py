@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eckart.allocate import Curve
 from eckart.clustering import runs_of
-from eckart.elastic import ElasticConfig, ElasticPart, ElasticQuantizer, ElasticWeight, curves_of, ranks_at
+from eckart.elastic import ElasticConfig, ElasticPart, ElasticQuantizer, ElasticWeight, curves_of, size_at
 from eckart.factoring import mapped
 from eckart.matrices import rows_of
 from eckart.quantizer import replace_
@@ -68,7 +68,7 @@ def describe(model: nn.Module, units: Sequence[Unit], settings: CompressSettings
         weights[path] = ElasticWeight(
             shape=shape,
             parts=tuple(
-                ElasticPart(len(rows), number, 0 if number is None else min(len(rows), shape[1]))
+                ElasticPart(len(rows), number, () if number is None else (min(len(rows), shape[1]),))
                 for rows, number in parts
             ),
             experts=sizes[0] if stacked else 0,
@@ -103,41 +103,50 @@ def with_allocation(
     return _changed(config, changed, allocation=how)
 
 
-def trimmed(config: ElasticConfig, scales: Sequence[Tensor], dtype: torch.dtype) -> ElasticConfig:
+def trimmed(
+    config: ElasticConfig, scales: Sequence[Tensor], dtype: torch.dtype, anchors: Mapping[float, Sequence[int]]
+) -> ElasticConfig:
     """Leave out what no budget up to the largest ratio asks for.
 
     Args:
         config: With all components and all dense weights. Not modified.
         scales: As for `elastic.curves_of`.
         dtype: Of the model.
+        anchors: Ratio of each anchor, descending, and the ranks at which all units were cut there; may be empty.
 
     Returns:
         The smaller one, which gives the same ranks at the ratios that were tried.
     """
     curves = curves_of(config, scales, dtype=dtype)
     tried = {*np.linspace(_least(curves) + 1e-9, config.ratio, BUDGETS).tolist(), *ratios_of(config.ratio, curves)}
-    most = [0] * len(scales)
+    fulls = [weight.full(part) for _, _, weight, part in config.units()]
+    most = [[0] * max(1, len(anchors)) for _ in scales]
     # Where no factors take fewer bytes than the dense weight, a budget of bytes has no other choice.
     dense = [len(curve.ranks) == 1 for curve in curves_of(config, scales, dtype=dtype, in_bytes=True)]
-    fulls = [weight.full(part) for _, _, weight, part in config.units()]
     for ratio in tried:
-        for unit, rank in enumerate(ranks_at(config, scales, dtype=dtype, ratio=ratio)):
+        anchor = max(0, sum(each >= ratio - 1e-9 for each in anchors) - 1)
+        for unit, rank in enumerate(size_at(config, scales, dtype=dtype, ratio=ratio).ranks):
             dense[unit] |= rank == fulls[unit]
-            most[unit] = max(most[unit], rank if rank < fulls[unit] else 0)
+            most[unit][anchor] = max(most[unit][anchor], rank if rank < fulls[unit] else 0)
+    for anchor, cut in enumerate(anchors.values()):
+        for unit, rank in enumerate(cut):
+            # What was cut at an anchor has as many components as it was cut to.
+            most[unit][anchor] = rank if rank < fulls[unit] else most[unit][anchor]
 
     def changed(part: ElasticPart) -> ElasticPart:
         if part.unit is None:
             return part
-        return replace(part, components=max(1, most[part.unit]), dense=dense[part.unit])
+        return replace(part, components=tuple(most[part.unit]), dense=dense[part.unit])
 
-    return _changed(config, changed)
+    return _changed(config, changed, anchors=[*anchors])
 
 
 def make_elastic_(
     model: nn.Module,
     config: ElasticConfig,
     units: Sequence[Unit],
-    spectra: Callable[[Unit], Sequence[WeightedSpectrum]],
+    scales: Sequence[Tensor],
+    spectra: Callable[[Unit, int], Sequence[WeightedSpectrum]],
     *,
     spill: Path | None = None,
 ) -> nn.Module:
@@ -149,7 +158,8 @@ def make_elastic_(
         model: As the units were found in. Modified: its weights and its config.
         config: From `trimmed`.
         units: All of them.
-        spectra: Gives the decompositions of a unit's matrices.
+        scales: As for `trimmed`.
+        spectra: Gives the decompositions of a unit's matrices, at an anchor by its number.
         spill: A folder for the components, which are mapped from files there that must outlive the model.
 
     Returns:
@@ -159,7 +169,7 @@ def make_elastic_(
     layout = _layout(model, units)
     for number, (path, weight) in enumerate(config.weights.items()):
         parameter = model.get_parameter(path if weight.experts else f"{path}.weight").detach()
-        tensors = _tensors(parameter, weight, layout[path], lambda unit: spectra(units[unit]))
+        tensors = _tensors(parameter, weight, layout[path], scales, lambda *which: spectra(units[which[0]], which[1]))
         if weight.bias:
             tensors["bias"] = _bias(model, path)
         if spill is not None:
@@ -194,7 +204,8 @@ def _tensors(
     parameter: Tensor,
     weight: ElasticWeight,
     layout: Sequence[tuple[Tensor, int | None]],
-    spectra: Callable[[int], Sequence[WeightedSpectrum]],
+    scales: Sequence[Tensor],
+    spectra: Callable[[int, int], Sequence[WeightedSpectrum]],
 ) -> dict[str, Tensor]:
     """What is stored of a weight, but for its bias."""
     dense = parameter.mT if weight.transposed else parameter
@@ -205,12 +216,14 @@ def _tensors(
             tensors[f"{number}.dense"] = dense[..., rows.to(dense.device), :]
         if unit is None:
             continue
-        found, count = spectra(unit), part.components
-        scales = torch.stack([spectrum.S.double() for spectrum in found])
-        each = [torch.cat((spectrum.left[:, :count].T, spectrum.right[:count]), 1) for spectrum in found]
-        components = torch.stack(each, 1).to(dtype)
-        tensors[f"{number}.scales"] = scales if weight.experts else scales[0]
-        tensors[f"{number}.components"] = components if weight.experts else components[:, 0]
+        tensors[f"{number}.scales"] = scales[unit].double() if weight.experts else scales[unit][0].double()
+        for anchor, count in enumerate(part.components):
+            if not count:
+                continue
+            found = spectra(unit, anchor)
+            each = [torch.cat((spectrum.left[:, :count].T, spectrum.right[:count]), 1) for spectrum in found]
+            components = torch.stack(each, 1).to(dtype)
+            tensors[f"{number}.components.{anchor}"] = components if weight.experts else components[:, 0]
     if weight.ordered:
         tensors["rows"] = torch.cat([rows for rows, _ in layout])
     return tensors
@@ -218,14 +231,16 @@ def _tensors(
 
 def _holder(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """A module that holds tensors under `elastic.`, and the empty weight that makes others fail to load them."""
-    holder, inner = nn.Module(), nn.Module()
+    holder = nn.Module()
     holder.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-    holder.elastic = inner
     for name, tensor in tensors.items():
-        number, _, last = name.rpartition(".")
-        if number and number not in inner._modules:
-            inner.add_module(number, nn.Module())
-        (inner.get_submodule(number) if number else inner).register_buffer(last, tensor)
+        *path, last = f"elastic.{name}".split(".")
+        inner = holder
+        for part in path:
+            if part not in inner._modules:
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        inner.register_buffer(last, tensor)
     return holder
 
 

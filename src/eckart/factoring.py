@@ -34,10 +34,12 @@ from eckart.matrices import Matrix, read, rows_of, write
 from eckart.monarch import Monarch
 from eckart.plan import STRUCTURES, Edit, Plan
 from eckart.quantizer import Size, StoredLayer, attach_, replace_, sizes, stored_as
+from eckart.sparse import LowRankSparse
 from eckart.surgery import check_plan, clusters_of, components, replacement
 from eckart.truncation import Spectrum
 
-Factors = Spectrum | Monarch
+Structure = Monarch | LowRankSparse
+Factors = Spectrum | Structure
 """What replaces a matrix."""
 AT_MOST = 0.9
 """Share of the dense bytes that factors may take: with less saved they would cost time (see `cheapest_storage`)."""
@@ -313,7 +315,7 @@ def _storage(part: _Part, weight: Tensor, making: _Making) -> Storage:
     return cheapest_storage((len(part.rows), weight.shape[1]), part.rank, weight.dtype, at_most=making.at_most)
 
 
-def _structure(part: _Part, making: _Making) -> Monarch | None:
+def _structure(part: _Part, making: _Making) -> Structure | None:
     """What a part becomes that is no plain cut."""
     found = None if part.edit is None else making.factors.get(part.edit.matrix)
     return None if isinstance(found, Spectrum) else found

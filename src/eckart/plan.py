@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eckart.errors import PlanError
 from eckart.results import SCHEMA_VERSION, read_json, to_json, write_text
 
-STRUCTURES = ("monarch",)
+STRUCTURES = ("monarch", "lowrank+sparse")
 """Kinds of edit that are no cut to a low rank, and are made by `eckart compress` alone."""
 
 
@@ -25,7 +25,7 @@ class Edit(_Frozen):
     layer: int | None = Field(description="index of its block from 0")
     type: str = Field(description="LASER's word for its place")
     shape: tuple[int, int] = Field(description="(out, in)")
-    kind: Literal["low_rank", "zero", "magnitude", "shrink", "monarch"] = "low_rank"
+    kind: Literal["low_rank", "zero", "magnitude", "shrink", "monarch", "lowrank+sparse"] = "low_rank"
     rho: float = Field(
         default=1.0, ge=0, le=1, description="kept fraction of the largest rank (of the entries: magnitude)"
     )

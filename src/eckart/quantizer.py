@@ -21,13 +21,14 @@ from eckart.errors import EckartError, ModelError
 from eckart.experts import FactoredExperts
 from eckart.linear import STORAGES, FactoredLinear, LowRankLayer, PivotedLinear, RowBlockedLinear, SelectedLinear
 from eckart.monarch import MonarchLinear
+from eckart.sparse import SparseLinear
 
 METHOD = "eckart"
 SCHEMA_VERSION = 1
 MODELING = "modeling_eckart"
 """The modeling file of a portable folder, without `.py`."""
 
-STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch")
+STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch", "sparse")
 """How a weight may be stored."""
 
 
@@ -35,7 +36,7 @@ STORED = ("dense", "factored", "pivoted", "row_blocked", "selected", "experts", 
 class StoredLayer:
     """How one weight is stored: an entry of `quantization_config.layers` in config.json."""
 
-    storage: Literal["dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch"]
+    storage: Literal["dense", "factored", "pivoted", "row_blocked", "selected", "experts", "monarch", "sparse"]
     shape: tuple[int, int]
     """(out, in), whatever the order in which it was stored densely."""
     rank: int | None = None
@@ -43,11 +44,14 @@ class StoredLayer:
     transposed: bool = False
     """It was stored densely as (in, out)."""
     blocks: tuple[StoredLayer, ...] = ()
-    """The groups of rows of a row-blocked weight; how the columns of a selected one are stored."""
+    """The groups of rows of a row-blocked weight; how the columns of a selected one are stored; the product in a sparse
+    one."""
     ordered: bool = False
     """The blocks' rows are not neighbours in order."""
     grid: int | None = None
     """Blocks along each side of a monarch weight."""
+    nonzeros: int | None = None
+    """Entries of a sparse weight beside its product."""
 
     @classmethod
     def from_json(cls, entry: Any) -> StoredLayer:
@@ -68,7 +72,7 @@ class StoredLayer:
         if not isinstance(entry, Mapping) or not {"storage", "shape"} <= entry.keys() <= set(names):
             raise ValueError(f"it has the fields {str(entry)[:80]}, and may have {', '.join(names)}")
         shape, blocks = entry["shape"], entry.get("blocks", [])
-        sizes = [size for size in (entry.get("rank"), entry.get("grid")) if size is not None]
+        sizes = [size for size in map(entry.get, ("rank", "grid", "nonzeros")) if size is not None]
         if not isinstance(shape, (list, tuple)) or not isinstance(blocks, (list, tuple)):
             raise ValueError("a shape is a list, and so are blocks")
         if not all(type(size) is int and size >= 0 for size in (*shape, *sizes)):
@@ -274,6 +278,9 @@ def stored_as(layer: nn.Module, *, transposed: bool = False) -> StoredLayer:
         return StoredLayer(storage="experts", rank=layer.down.shape[1], **facts)
     if isinstance(layer, MonarchLinear):
         return StoredLayer(storage="monarch", rank=layer.rank, grid=layer.grid, **facts)
+    if isinstance(layer, SparseLinear):
+        product, nonzeros = stored_as(layer.low), len(layer.values)
+        return StoredLayer(storage="sparse", blocks=(product,), nonzeros=nonzeros, **facts)
     if isinstance(layer, (FactoredLinear, PivotedLinear)):
         storage = "factored" if isinstance(layer, FactoredLinear) else "pivoted"
         return StoredLayer(storage=storage, rank=layer.rank, **facts)
@@ -403,6 +410,11 @@ def _empty(stored: StoredLayer, bias: bool, place: dict[str, Any]) -> Any:
         return SelectedLinear(_empty(block, bias, place), columns, into)
     if stored.storage == "dense":
         return nn.Linear(into, out, bias, **place)
+    if stored.storage == "sparse":
+        (block,) = stored.blocks
+        if block.shape != stored.shape or block.storage not in STORAGES:
+            raise ValueError(f"its product is {block.storage} of shape {block.shape}, and it has {stored.shape}.")
+        return SparseLinear(_empty(block, bias, place), stored.nonzeros or 0)
     if stored.storage == "monarch":
         return MonarchLinear(into, out, stored.grid or 0, stored.rank or 0, bias, **place)
     return STORAGES["pivoted" if stored.storage == "pivoted" else "factored"](into, out, stored.rank, bias, **place)

@@ -21,7 +21,7 @@ AGREEMENT_POSITIONS = 32
 """Tokens of a window at which predictions are compared."""
 RHO = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
-Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch"]
+Method = Literal["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch", "lowrank+sparse"]
 AT_ONCE = ("svd", "fwsvd", "asvd", "whiten", "double")
 """Methods by which the cut of a matrix does not depend on the others', so that one decomposition serves every rank."""
 Allocate = Literal[
@@ -39,6 +39,8 @@ Allocate = Literal[
     "energy",
     "effective-rank",
 ]
+BY_COST = ("auto", "uniform", "tail", "measured", "sensitivity", "groups")
+"""Allocations that ask of a choice what it costs and errs, not which rank it is."""
 
 
 class Settings(BaseModel):
@@ -261,6 +263,7 @@ class CompressSettings(Settings):
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     floor: float = Field(default=0.3, ge=0, le=1, description="share of its uniform budget that every matrix gets")
     multiple: int = Field(default=1, ge=1, description="ranks are multiples of it")
+    neurons: bool = Field(default=True, description="also remove neurons of MLPs, where that loses less")
     alpha: float = Field(default=0.5, ge=0, le=1, description="power of the mean |x| in method 'asvd'")
     input_shrinkage: float = Field(default=0.1, ge=0, le=1, description="share of the identity in the inputs' metric")
     output_shrinkage: float = Field(default=0.3, ge=0, le=1, description="the same for the outputs' metric")
@@ -271,6 +274,9 @@ class CompressSettings(Settings):
     compensation: float = Field(
         default=0.0, ge=0, le=1, description="share of what a block's output lacks that its last weight makes up for"
     )
+    sparse: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the numbers that are single entries in method 'lowrank+sparse'"
+    )
     task_weight: float = Field(
         default=0.5, ge=0, le=1, description="share of the task in the metrics, where a task is given"
     )
@@ -278,19 +284,11 @@ class CompressSettings(Settings):
         default=False, description="write one folder from which every ratio up to this one can be loaded"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _elastic_cuts_at_once(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("elastic") is True and given.get("method") is None:
-            return given | {"method": "double"}
-        return given
-
     @model_validator(mode="after")
     def _elastic_serves_every_ratio(self) -> CompressSettings:
-        if self.elastic and self.method not in AT_ONCE:
+        if self.elastic and self.method not in (*AT_ONCE, "propagated"):
             raise ValueError(
-                f"cuts of method {self.method!r} depend on how deep others are, so no two ratios share them; with "
-                f"elastic it is one of {', '.join(AT_ONCE)}"
+                f"elastic goes with method {', '.join(AT_ONCE)} or propagated, whose components are nested"
             )
         if self.elastic and self.ratio is None:
             raise ValueError("elastic goes with ratio, the largest that can be loaded; bytes are named at loading")
@@ -316,6 +314,12 @@ class CompressSettings(Settings):
     def unit(self) -> Literal["numbers", "bytes", "seconds"]:
         """What the budget is in."""
         return "bytes" if self.bytes is not None else "seconds" if self.latency is not None else "numbers"
+
+    @property
+    def removes_neurons(self) -> bool:
+        """Whether MLPs may lose neurons: where the metric is full and the allocation asks for no single ranks."""
+        full = self.method in ("whiten", "double", "propagated")
+        return self.neurons and full and not self.elastic and self.unit != "seconds" and self.allocate in BY_COST
 
     @field_validator("types")
     @classmethod

@@ -15,15 +15,23 @@ from types import ModuleType
 from typing import Any
 
 TABLE = "transformers.quantizers.auto"
+FOLLOWERS = {TABLE: "eckart.quantizer", "eckart.quantizer": "eckart.elastic"}
+"""Module -> what is imported once it has run. These modules register themselves at their ends. The quantizer may be
+what imported transformers, and half done when the table is there; what builds on it then has to wait for it."""
 
 
 class _Finder(MetaPathFinder):
-    """Finds that one module as Python would, and has it run by `_Then`."""
+    """Finds these modules as Python would, and has them run by `_Then`."""
+
+    def __init__(self) -> None:
+        self.awaited = set(FOLLOWERS)
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if fullname != TABLE:
+        if fullname not in self.awaited:
             return None
-        sys.meta_path.remove(self)
+        self.awaited.remove(fullname)
+        if not self.awaited:
+            sys.meta_path.remove(self)
         spec: ModuleSpec | None = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader)
@@ -31,7 +39,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Then(Loader):
-    """Runs a module, then registers the quantizer in it."""
+    """Runs a module, then what follows it."""
 
     def __init__(self, loader: Any):
         self.loader = loader
@@ -44,7 +52,7 @@ class _Then(Loader):
         # So that whoever asks for the module's source or loader later finds the usual one.
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _register()
+        importlib.import_module(FOLLOWERS[module.__name__])
 
 
 def register_when_imported() -> None:
@@ -53,12 +61,7 @@ def register_when_imported() -> None:
     A second call does nothing.
     """
     if TABLE in sys.modules:
-        _register()
+        for follower in FOLLOWERS.values():
+            importlib.import_module(follower)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-
-
-def _register() -> None:
-    # That module registers itself at its end; it may be what imported transformers, and half done.
-    importlib.import_module("eckart.quantizer")
-    importlib.import_module("eckart.elastic")

@@ -247,7 +247,9 @@ def _compress_page(results: Json) -> Json:
     for matrix in results["matrices"]:
         where = OUTSIDE if matrix["layer"] is None else matrix["layer"]
         largest = min(matrix["shape"])
-        text = "dense" if matrix["rank"] == largest else f"{matrix['rank']} of {largest}"
+        neurons = matrix.get("neurons")
+        text = "dense" if matrix["rank"] == largest and neurons is None else f"{matrix['rank']} of {largest}"
+        text += "" if neurons is None else f", {neurons} neurons"
         layers.setdefault(where, {})[matrix["type"]] = text
     budget = results["budget"]
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,21 +13,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eckart.calibration import Place
+from eckart.allocate import Curve
+from eckart.calibration import Place, Watch
+from eckart.dataflow import evaluating, example_inputs
 from eckart.errors import MatrixError
 from eckart.experts import costs_at
 from eckart.factoring import obstacle
 from eckart.linear import STORAGES
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
-from eckart.monarch import MonarchLinear, grids
+from eckart.neurons import Cut
 from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
+from eckart.structures import entries_cost, layers_at, unsuited
 from eckart.truncation import Spectrum
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Matrices that share one rank: one, or all experts of a stack, gate and up of each joined."""
+    """Matrices that are cut together.
+
+    Mostly these share one rank: one matrix, or all experts of a stack, gate and up of each joined. Or they are an MLP,
+    gate and up and at last down, which can have fewer neurons; its rank is then a number that stands for a `Cut`.
+    """
 
     name: str
     matrices: tuple[Matrix, ...]
@@ -35,10 +42,23 @@ class Unit:
     stack: str
     parts: tuple[tuple[Matrix, ...], ...]
     """What the model's list has in the place of each: itself, or the parts of an expert."""
+    mlp: bool = False
+    cuts: tuple[Cut, ...] = ()
+    """What an MLP may become, the smallest first; known once its decompositions are."""
 
     def full(self) -> int:
         """The largest rank."""
-        return self.matrices[0].rank
+        return len(self.cuts) + 1 if self.mlp else self.matrices[0].rank
+
+    def ranks(self, rank: int) -> tuple[int | None, ...]:
+        """Give the rank of each matrix, None where it stays dense."""
+        if rank == self.full():
+            return (None,) * len(self.matrices)
+        if not self.mlp:
+            return (rank,) * len(self.matrices)
+        cut = self.cuts[rank - 1]
+        whole = cut.width == self.matrices[-1].shape[1]
+        return tuple(None if whole and r == m.rank else r for m, r in zip(self.matrices, cut.ranks))
 
 
 def find_units(
@@ -58,16 +78,26 @@ def find_units(
         MatrixError: Nothing is left.
     """
     blocked: dict[str, str] = {}
+    mlps = _mlps(model, matrices, settings)
+    inside = {part.name for mlp in mlps for part in mlp[1:]}
     whole: dict[Place, list[Matrix]] = {}
     for matrix in partition(matrices):
         whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
     experts: dict[str, list[tuple[Matrix, tuple[Matrix, ...]]]] = {}
     units = []
     for matrix in select(partition(matrices), types=settings.types):
-        reason = obstacle(model, matrix.parameter) or _unsuited(matrix, settings)
+        reason = obstacle(model, matrix.parameter) or unsuited(matrix.shape, settings)
+        if settings.method in STRUCTURES and matrix.expert is not None:
+            reason = f"experts have no {settings.method} layer"
         siblings = tuple(whole[matrix.parameter, matrix.expert])
         if reason is not None:
             blocked[matrix.name] = reason
+        elif matrix.name in inside:
+            continue
+        elif any(matrix is mlp[0] for mlp in mlps):
+            parts = next(mlp for mlp in mlps if matrix is mlp[0])
+            name = f"{matrix.stack}.{matrix.layer} (MLP)"
+            units.append(Unit(name, parts, matrix.layer, matrix.stack, tuple((m,) for m in parts), mlp=True))
         elif matrix.expert is None:
             units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
         elif matrix is siblings[0]:
@@ -89,13 +119,81 @@ def find_units(
     return units, blocked
 
 
-def _unsuited(matrix: Matrix, settings: CompressSettings) -> str | None:
-    """Say why a matrix cannot have the structure that is asked for."""
-    if settings.method in STRUCTURES and matrix.expert is not None:
-        return f"experts have no {settings.method} layer"
-    if settings.method == "monarch" and not grids(matrix.shape):
-        return f"no grid divides {matrix.shape[0]} x {matrix.shape[1]} into equal blocks"
-    return None
+def _mlps(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[tuple[Matrix, ...]]:
+    """Find what can lose neurons: gate and up (or the one there is) and down of a block."""
+    if not settings.removes_neurons:
+        return []
+    blocks: dict[tuple[str, int | None], list[Matrix]] = {}
+    for matrix in select(partition(matrices), types=settings.types):
+        if matrix.expert is None and matrix.type in ("fc_in", "fc_up", "fc_out"):
+            blocks.setdefault((matrix.stack, matrix.layer), []).append(matrix)
+    found = []
+    for block in blocks.values():
+        first, last = [m for m in block if m.type != "fc_out"], [m for m in block if m.type == "fc_out"]
+        fits = len(last) == 1 and 1 <= len(first) <= 2 and all(m.shape[0] == last[0].shape[1] for m in first)
+        if fits and all(obstacle(model, m.parameter) is None for m in block) and _by_neuron(model, first, last[0]):
+            found.append((*first, *last))
+    return found
+
+
+def _by_neuron(model: nn.Module, first: Sequence[Matrix], last: Matrix) -> bool:
+    """Tell, by trying, whether every input of one weight depends on the same row of the others alone."""
+    odd = torch.arange(1, last.shape[1], 2)
+    rows: dict[str, list[Tensor]] = {}
+    for matrix in first:
+        rows.setdefault(matrix.parameter, []).append(rows_of(matrix)[odd])
+    inputs = example_inputs(model)
+
+    def read_with(noise: float) -> Tensor | None:
+        found: list[Tensor] = []
+
+        def seen(place: Place, operand: Tensor, result: Tensor) -> Tensor | None:
+            if place[0] == last.parameter:
+                found.append(operand.clone())
+                return None
+            moved = result.clone()
+            for some in rows[place[0]]:
+                moved[..., some.to(moved.device)] += noise
+            return moved
+
+        with evaluating(model), torch.inference_mode(), Watch(model, {*rows, last.parameter}, seen):
+            model(**inputs)
+        return found[0] if len(found) == 1 else None
+
+    plain, moved = read_with(0.0), read_with(1.0)
+    if plain is None or moved is None or plain.shape != moved.shape:
+        return False
+    differs = (plain != moved).flatten(0, -2).any(0)
+    return bool(differs[1::2].any()) and not bool(differs[::2].any())
+
+
+def mlp_cost(
+    shapes: Sequence[tuple[int, int]], settings: CompressSettings, dtype: torch.dtype
+) -> Callable[[int, int, int], float]:
+    """Make what counts the weights of an MLP with fewer neurons.
+
+    Args:
+        shapes: (out, in) of each weight, the last one of down.
+        settings: `storage`, and which budget.
+        dtype: Of the weights.
+
+    Returns:
+        From the number of a weight, how many neurons stay and its rank to numbers, or bytes under a budget of bytes.
+    """
+    in_bytes, pivoted = settings.unit == "bytes", settings.storage == "pivoted"
+
+    def cost(number: int, width: int, rank: int) -> float:
+        out, into = shapes[number]
+        last = number == len(shapes) - 1
+        narrow = width < (into if last else out)
+        size = (out, width) if last else (width, into)
+        whole = rank == min(size)
+        numbers = size[0] * size[1] if whole else rank * (sum(size) - (rank if pivoted else 0))
+        # The order of pivoted rows; which inputs are read; where the rows of the neurons that stay belong.
+        indices = (0 if whole or not pivoted else size[0]) + ((width if last else out) if narrow else 0)
+        return dtype.itemsize * numbers + 8 * indices if in_bytes else numbers
+
+    return cost
 
 
 def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, dtype: torch.dtype) -> NDArray[Any]:
@@ -111,7 +209,7 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
         float64; at the largest rank the dense weight's.
     """
     stacked = unit.matrices[0].expert is not None
-    return costs_at(
+    costs = costs_at(
         ranks,
         unit.matrices[0].shape,
         storage="factored" if settings.method == "monarch" else settings.storage,
@@ -119,6 +217,10 @@ def costs_of(unit: Unit, ranks: NDArray[np.int64], settings: CompressSettings, d
         experts=len(unit.matrices) if stacked else 0,
         in_bytes=settings.unit == "bytes",
     )
+    if settings.method == "lowrank+sparse":
+        shape, cut = unit.matrices[0].shape, ranks < unit.full()
+        costs[cut] += [entries_cost(shape, int(rank), settings, dtype) for rank in ranks[cut]]
+    return costs
 
 
 def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor) -> list[tuple[int, float]]:
@@ -136,13 +238,11 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
     full = min(shape)
     ranks = sorted({max(1, full * step // 8) for step in range(1, 8)})
     place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    layers: list[nn.Module]
-    if settings.method == "monarch":
-        grid = grids(shape)[0]
-        ranks = [rank for rank in ranks if rank % grid == 0] or [grid]
-        layers = [MonarchLinear(into, out, grid, rank // grid, False, **place) for rank in ranks]
+    if settings.method in STRUCTURES:
+        built = layers_at(shape, ranks, settings, place)
     else:
-        layers = [STORAGES[settings.storage](into, out, rank, False, **place) for rank in ranks]
+        built = [(rank, STORAGES[settings.storage](into, out, rank, False, **place)) for rank in ranks]
+    ranks, layers = [rank for rank, _ in built], [layer for _, layer in built]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]
@@ -175,17 +275,63 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             layer=part.layer,
             type=part.type,
             shape=part.shape,
-            rho=min(ranks[unit.name], part.rank) / part.rank,
-            rank=min(ranks[unit.name], part.rank),
+            rho=min(rank, part.rank) / part.rank,
+            rank=min(rank, part.rank),
             kind=settings.method if settings.method in STRUCTURES else "low_rank",
             weighting={"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method),
             stack=part.stack,
         )
         for unit in units
-        for parts in unit.parts
+        for rank, parts in zip(unit.ranks(ranks[unit.name]), unit.parts)
         for part in parts
-        if ranks[unit.name] < unit.full()
+        if rank is not None
     )
+
+
+def described(unit: Unit, rank: int, curve: Curve) -> list[dict[str, Any]]:
+    """Say what became of a unit, as results.json does.
+
+    Args:
+        unit: One of all.
+        rank: What it got.
+        curve: Its own.
+
+    Returns:
+        One row for a matrix or a stack of experts, and three (or two) for an MLP.
+    """
+    facts = {"layer": unit.layer, "count": 1}
+    if not unit.mlp:
+        cost = float(curve.costs[int(np.searchsorted(curve.ranks, rank))])
+        first = unit.matrices[0]
+        facts |= {"matrix": unit.name, "type": first.type, "shape": first.shape, "count": len(unit.matrices)}
+        return [facts | {"rank": rank, "neurons": None, "cost": cost, "dense": float(curve.costs[-1])}]
+    size = float(curve.costs[-1]) / sum(m.shape[0] * m.shape[1] for m in unit.matrices)
+    whole = unit.matrices[-1].shape[1]
+    cut = unit.cuts[rank - 1] if rank < unit.full() else None
+    rows = []
+    for number, matrix in enumerate(unit.matrices):
+        dense = size * matrix.shape[0] * matrix.shape[1]
+        rows.append(
+            facts
+            | {"matrix": matrix.name, "type": matrix.type, "shape": matrix.shape}
+            | {
+                "rank": matrix.rank if cut is None else cut.ranks[number],
+                "neurons": None if cut is None or cut.width == whole else cut.width,
+                "cost": dense if cut is None else cut.costs[number],
+                "dense": dense,
+            }
+        )
+    return rows
+
+
+def told(unit: Unit, rank: int) -> dict[str, Any]:
+    """Say how far a unit is cut: its `rank` and the largest; of an MLP its neurons, and the `ranks` of its matrices."""
+    if not unit.mlp:
+        return {"rank": rank, "of": unit.full()}
+    whole = unit.matrices[-1].shape[1]
+    ranks = [matrix.rank if r is None else r for matrix, r in zip(unit.matrices, unit.ranks(rank))]
+    width = unit.cuts[rank - 1].width if rank < unit.full() else whole
+    return {"rank": width, "of": whole, "ranks": ranks}
 
 
 def of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:

@@ -31,7 +31,8 @@ def compress(
         float | None, typer.Option(help="Kept fraction of the matrices' time for one token, measured here.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="svd, fwsvd, asvd, whiten, double, propagated; monarch.  [default: propagated]")
+        str | None,
+        typer.Option(help="propagated (the default), double, whiten, asvd, fwsvd, svd; monarch, lowrank+sparse."),
     ] = None,
     allocate: Annotated[
         str | None,
@@ -46,6 +47,15 @@ def compress(
     windows: Annotated[int | None, typer.Option(help="Windows of the text that are read.  [default: 64]")] = None,
     floor: Annotated[float | None, typer.Option(help="Share of its uniform budget each matrix gets.")] = None,
     multiple: Annotated[int | None, typer.Option(help="Ranks are multiples of it.  [default: 1]")] = None,
+    sparse: Annotated[
+        float | None, typer.Option(help="Share of the numbers that lowrank+sparse keeps as entries.  [default: 0.1]")
+    ] = None,
+    neurons: Annotated[
+        bool | None,
+        typer.Option(
+            "--neurons/--no-neurons", help="Also remove neurons of MLPs, where that loses less.  [default: yes]"
+        ),
+    ] = None,
     task: Annotated[
         Path | None, typer.Option(help="Task that the model should stay good at, too; part of it measures.")
     ] = None,
@@ -75,6 +85,7 @@ def compress(
             "ratio": ratio,
             "bytes": bytes,
             "latency": latency,
+            "sparse": sparse,
             "task_weight": task_weight,
             "method": method,
             "allocate": allocate,
@@ -84,6 +95,7 @@ def compress(
             "windows": windows,
             "floor": floor,
             "multiple": multiple,
+            "neurons": neurons,
             "window": window,
             "batch_tokens": batch_tokens,
             "seed": seed,
@@ -126,7 +138,8 @@ def compress(
 def _print_forecast(found: dict[str, Any]) -> None:
     table = Table("each alone at its uniform share", "rank", "of", "divergence", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in found["matrices"][:LISTED]:
-        table.add_row(safe(row["matrix"]), str(row["rank"]), str(row["of"]), number(row["divergence"]))
+        ranks = f", ranks {', '.join(map(str, row['ranks']))}" if "ranks" in row else ""
+        table.add_row(safe(row["matrix"]), str(row["rank"]), f"{row['of']}{ranks}", number(row["divergence"]))
     output.print(table)
     if len(found["matrices"]) > LISTED:
         output.print(f"{len(found['matrices']) - LISTED} more cause less; --json lists all.")

@@ -256,9 +256,10 @@ def main() -> None:
         name = Path(options.model).name
         place = RESULTS / f"quantisation-{name}.json"
         if options.add:  # windows and dense model are the same, and differences to it are what is kept
+            saved = json.loads(place.read_text(encoding="utf-8"))
             now = {(row["model"], row["weights"]) for row in found["rows"]}
-            kept = [row for row in json.loads(place.read_text())["rows"] if (row["model"], row["weights"]) not in now]
-            found["rows"] += kept
+            found["rows"] += [row for row in saved["rows"] if (row["model"], row["weights"]) not in now]
+            found["earlier_commands"] = [*saved.get("earlier_commands", []), saved["command"]]
         place.write_text(to_json(found), encoding="utf-8")
     for path in sorted(RESULTS.glob("quantisation-*.json")):
         print(table(json.loads(path.read_text(encoding="utf-8"))), end="\n\n")

@@ -5,7 +5,8 @@
     python benchmarks/compress.py SHARED --model minilm      # an encoder: benchmarks/compress_encoder.py
 
 Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
-and so on. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the other model's.
+and so on. Matrices are cut by rank alone; `compress_forms.py` measures what removing neurons adds. Perplexity is that
+of the first 64 windows of the validation text, and of 16 windows of the other model's.
 Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
 process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
 """
@@ -140,7 +141,7 @@ class Bench:
         key = {"draw": draw, "ratio": ratio, "method": method, "allocate": allocate, "storage": storage}
         if self.has(**key) or (self.only is not None and f"{method} {allocate} {storage}" != self.only):
             return
-        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage)
+        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=False)
         units, _ = find_units(self.model, find_matrices(self.model), settings)
         spill = work.setdefault(method, Spill(None))
         steps = Steps(self.model, self.tokenizer, settings, windows, units, spill, lambda _: None)

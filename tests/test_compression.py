@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,6 +141,24 @@ def test_every_allocation_is_compared_and_the_one_that_diverges_least_is_kept():
     assert found.divergence[found.chosen].value == min(value.value for value in found.divergence.values())
 
 
+def test_auto_moves_budget_while_that_brings_the_cut_model_nearer():
+    model = tiny.build("llama")
+    chosen = settings(allocate="auto", ratio=0.4, measured=6)
+    found = compress(model, tiny.tokenizer(), text(), chosen)
+    values = [value.value for value in found.facts["rounds"]]
+    assert len(values) > 1
+    assert values == sorted(values, reverse=True)
+    assert found.facts["budget"]["spent"] <= found.facts["budget"]["allowed"]
+    small = copy.deepcopy(model)
+    factor_(small, found.plan, factors=found.factors, storage="pivoted")
+    total = []
+    for block in read_windows(text(), tiny.tokenizer(), length=16, count=6).blocks:
+        one, two = (m(**block.inputs).logits.detach().log_softmax(-1) for m in (model, small))
+        total += (one.exp() * (one - two)).sum(-1).mean(-1).tolist()
+    assert values[-1] == pytest.approx(np.mean(total), rel=1e-3)
+    assert compress(model, tiny.tokenizer(), text(), settings()).facts["rounds"] == []
+
+
 def test_a_budget_in_bytes_is_that_of_the_whole_model():
     model = tiny.build("llama")
     whole = sum(p.nbytes for p in model.parameters())
@@ -196,6 +215,18 @@ def test_a_task_takes_a_share_in_the_metrics():
     key = "model.layers.2.mlp.down_proj"
     torch.testing.assert_close(found[0.0].factors[key].S, plain.factors[key].S)
     assert not torch.allclose(found[1.0].factors[key].S, plain.factors[key].S, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["double", "propagated"])
+def test_with_all_the_weight_on_a_task_the_text_makes_no_difference(method):
+    model = tiny.build("llama")
+    task = make_task("task", [Example(tiny.sentence(6 + seed % 3, seed), f"w{seed + 9}") for seed in range(12)])
+    chosen = settings(method=method, task_weight=1.0, types=("attn",))
+    texts = [make_task("text", [Example(tiny.sentence(300, seed), None)]) for seed in (0, 1)]
+    one, other = (compress(model, tiny.tokenizer(), each, chosen, task=task).factors for each in texts)
+    for name, spectrum in one.items():
+        cuts = [(each.U * each.S) @ each.Vh for each in (spectrum, other[name])]
+        torch.testing.assert_close(*cuts, rtol=1e-3, atol=1e-3)
 
 
 def test_of_a_task_with_choices_only_the_right_answers_are_read():

@@ -21,13 +21,14 @@ from eckart.checkpoint import load, save
 from eckart.errors import ModelError, OutputError, PlanError
 from eckart.exporting import export_onnx, run_export
 from eckart.factoring import factor_
-from eckart.linear import FactoredLinear, PivotedLinear, RowBlockedLinear
-from eckart.matrices import find_matrices
+from eckart.linear import FactoredLinear, PivotedLinear, RowBlockedLinear, SelectedLinear
+from eckart.matrices import find_matrices, read
 from eckart.onnx_graph import quantize_
 from eckart.onnx_runner import generate, losses, open_model, step
 from eckart.peft_adapter import export_adapter
 from eckart.plan import MadeBy, Plan, PlannedModel, write_plan
 from eckart.surgery import applied, make_edit, weights_sha256
+from eckart.truncation import cut, decompose
 
 WORDS = "the ant and a bee lives in the house of dog yes red colour is no cat field".split()  # noqa: SIM905
 
@@ -69,9 +70,18 @@ def exported_llama(factored_folder, tmp_path_factory, program):
 
 @pytest.fixture(scope="module")
 def exported_gpt2(tmp_path_factory):
-    """A GPT-2 with learned positions and transposed weights, some of them factored, exported."""
+    """A GPT-2 with learned positions and transposed weights, some factored, and half of the neurons of one MLP."""
     model = tiny_models.build("gpt2")
-    factor_(model, [make_edit(m, 0.3) for m in find_matrices(model) if m.type == "fc_in"])
+    chosen = [m for m in find_matrices(model) if m.type == "fc_in" or (m.type, m.layer) == ("fc_out", 0)]
+    edits = [make_edit(matrix, 0.3) for matrix in chosen]
+    factors = {}
+    for matrix, edit in zip(chosen, edits):
+        if matrix.layer == 0:
+            spectrum = factors[matrix.name] = cut(decompose(read(model, matrix)), edit.rank)
+            (spectrum.U if matrix.type == "fc_in" else spectrum.Vh.T)[1::2] = 0
+    factor_(model, edits, factors=factors)
+    kinds = {type(module) for module in model.modules()}
+    assert {FactoredLinear, RowBlockedLinear, SelectedLinear} <= kinds
     out = tmp_path_factory.mktemp("exported") / "gpt2"
     found = export_onnx(model, tiny_models.tokenizer(), out)
     assert found.agreement.value == 1.0

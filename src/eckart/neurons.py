@@ -189,20 +189,21 @@ def factors(prepared: dict[str, Tensor], weights: Sequence[Tensor], cut: Cut) ->
         cut: What stays.
 
     Returns:
-        For each weight `up` and `down` of the smaller one, float64: the first have the neurons that stay as rows, in
-        the order of `stay`, the last one has them as columns.
+        For each weight `up` and `down` of the smaller one, float64, on the device of `prepared`: the first have the
+        neurons that stay as rows, in the order of `stay`, the last one has them as columns.
     """
     moment, stays = prepared["moment"].double(), stay(prepared["order"], cut.width)
     right = square_root(prepared["inputs"].double())
     read = square_root(moment[stays][:, stays])
     found = []
     for number, (weight, rank) in enumerate(zip(weights, cut.ranks)):
+        weight = weight.to(moment)
         metric = prepared.get(f"gradients.{number}")
         first = number < len(weights) - 1
         if metric is not None:
             metric = metric.double()[stays][:, stays] if first else metric.double()
         left = None if metric is None else square_root(metric)
-        small = weight.double()[stays] if first else made_up(weight.double(), moment, stays)
+        small = weight[stays] if first else made_up(weight, moment, stays)
         found.append(decompose_weighted(small, left, right if first else read).factors(rank))
     return found
 

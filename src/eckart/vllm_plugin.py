@@ -63,7 +63,7 @@ class VllmConfig(QuantizationConfig):
                 kind = f"{stored.storage}, from a transposed weight" if stored.transposed else stored.storage
                 raise ModelError(
                     f"{name} is {kind}. In vLLM eckart's plugin reads factored and pivoted linear layers only. "
-                    "Write the model with `eckart apply --dense`."
+                    "Write the model with `eckart apply --dense`, or compress it with --no-neurons."
                 )
         return cls(layers)
 

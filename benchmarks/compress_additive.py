@@ -44,7 +44,9 @@ def measure(shared: Path, name: str) -> dict:
         return read_windows(read_text(shared / "text" / f"{own}_{part}.txt"), tokenizer, length=256, count=count)
 
     proving = windows("validation", 12)
-    settings = CompressSettings(ratio=BUDGET, method="double", allocate="uniform", windows=32, measured=6)
+    settings = CompressSettings(
+        ratio=BUDGET, method="double", allocate="uniform", windows=32, measured=6, neurons=False
+    )
     units, _ = find_units(model, find_matrices(model), settings)
     steps = Steps(model, tokenizer, settings, windows("calibration", 32), units, Spill(None), lambda _: None)
     generator = np.random.default_rng(0)

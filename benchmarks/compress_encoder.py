@@ -48,7 +48,7 @@ def run(shared: Path, ratios: list[float], only: str | None) -> None:
     model, tokenizer = eckart.load(folder)
     pooling = read_pooling(folder)
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    base = CompressSettings(ratio=0.5, windows=WINDOWS, measured=MEASURED)
+    base = CompressSettings(ratio=0.5, windows=WINDOWS, measured=MEASURED, neurons=False)
     texts = {}
     for name, count in SENTENCES.items():
         text = read_text(shared / "text" / f"{name}_validation.txt")
@@ -110,7 +110,7 @@ def table() -> None:
     ratios = sorted({row["ratio"] for row in rows if "ratio" in row}, reverse=True)
 
     def cell(found: dict) -> str:
-        return f"{found['value']:.4f} ± {found['stderr']:.4f}"
+        return f"{found['value']:.4f} ± {found['stderr']:.1g}"
 
     for measure in ("cosine", "spearman"):
         print(

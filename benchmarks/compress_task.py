@@ -106,7 +106,8 @@ class Bench:
                 work = Spill(None)
                 for ratio in ratios:
                     key = {"kind": "task", "calibration": text, "ratio": ratio, "weight": weight}
-                    given = {"ratio": ratio, "windows": 32, "allocate": "uniform", "task_weight": weight or 0.0}
+                    given = {"ratio": ratio, "windows": 32, "allocate": "uniform", "neurons": False}
+                    given["task_weight"] = weight or 0.0
                     settings = CompressSettings.model_validate(given)
                     task = None
                     if weight is not None:

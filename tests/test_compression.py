@@ -215,6 +215,18 @@ def test_a_task_takes_a_share_in_the_metrics():
     assert not torch.allclose(found[1.0].factors[key].S, plain.factors[key].S, rtol=1e-2)
 
 
+@pytest.mark.parametrize("method", ["double", "propagated"])
+def test_with_all_the_weight_on_a_task_the_text_makes_no_difference(method):
+    model = tiny.build("llama")
+    task = make_task("task", [Example(tiny.sentence(6 + seed % 3, seed), f"w{seed + 9}") for seed in range(12)])
+    chosen = settings(method=method, task_weight=1.0, types=("attn",))
+    texts = [make_task("text", [Example(tiny.sentence(300, seed), None)]) for seed in (0, 1)]
+    one, other = (compress(model, tiny.tokenizer(), each, chosen, task=task).factors for each in texts)
+    for name, spectrum in one.items():
+        cuts = [(each.U * each.S) @ each.Vh for each in (spectrum, other[name])]
+        torch.testing.assert_close(*cuts, rtol=1e-3, atol=1e-3)
+
+
 def test_of_a_task_with_choices_only_the_right_answers_are_read():
     model = tiny.build("llama")
     pairs = [(f"w{seed + 9}", f"w{seed + 30} w8") for seed in range(12)]

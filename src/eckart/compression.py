@@ -45,7 +45,7 @@ from eckart.matrices import (
 from eckart.noise import rank_by
 from eckart.plan import STRUCTURES, MadeBy, Plan, PlannedModel
 from eckart.prefix import PrefixCache
-from eckart.propagation import Inputs, Streams
+from eckart.propagation import Inputs, Streams, blended
 from eckart.recipe import AT_ONCE, CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
 from eckart.scoring import log_probabilities, rearrange, score_block
@@ -244,7 +244,9 @@ def encode_plain(model: nn.Module, tokenizer: Any, task: Task, settings: Compres
     """
     kind = model_kind(model, tokenizer)
     found = encode(task, tokenizer, kind, context=context_length(model, tokenizer), **settings.encoding)
-    return rearrange(model, right_answers(found, found.count))
+    right = right_answers(found, found.count)
+    # No batch of two lengths, so that no padding takes part in what weights see.
+    return rearrange(model, right, [len(item[0].row.ids) for item in right.sequences])
 
 
 def pooling_for(model: nn.Module, settings: CompressSettings, given: Pooling | None = None) -> Pooling | None:
@@ -832,17 +834,22 @@ class Steps:
         wanted = {m.name: r for unit in self.units for m, r in zip(unit.matrices, unit.ranks(ranks[unit.name]))}
         cut = [matrix for unit in self.units for matrix in unit.matrices if wanted[matrix.name] is not None]
         streams = Streams(self.model, self.order, self.windows.blocks)
+        of_task = None if self.task is None else Streams(self.model, self.order, self.task.blocks)
         with restored(self.model, cut):
             for depth, (path, _) in enumerate(self.order):
                 self.tell(Progress("cutting", depth, len(self.order)))
                 mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
                 streams.enter(mine)
+                if of_task is not None:
+                    of_task.enter(mine)
                 key = self._cut_key(path, ranks)
                 kept = self.work.tensors(key)
                 if kept is None:
                     kept = {}
                     for group in streams.groups():
                         inputs = streams.inputs(group)
+                        if of_task is not None:
+                            inputs = blended(inputs, of_task.inputs(group), self.settings.task_weight)
                         for matrix in group:
                             unit = units[matrix.name]
                             fitted = self._fit(
@@ -861,6 +868,8 @@ class Steps:
                     write(self.model, matrix, product.dense())
                     found[matrix.name] = product.spectrum()
                 streams.advance()
+                if of_task is not None:
+                    of_task.advance()
         for unit in self.units:  # outside the blocks
             if not any(matrix.name in found for matrix in unit.matrices):
                 plain = self._plain(unit, ranks[unit.name])

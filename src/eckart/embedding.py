@@ -9,7 +9,7 @@ gradient of v' e for a random v is to an encoder what that of a drawn token's lo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,9 +107,8 @@ def read_pooling(source: str) -> Pooling:
         file = beside(source, f"{path}/config.json")
         given: Any = {} if file is None else read_json(file)
         stated = given.get("pooling_mode") if isinstance(given, dict) else None
-        if stated is not None:
-            modes = [stated] if isinstance(stated, str) else stated
-        else:
+        modes: Any = [stated] if isinstance(stated, str) else stated
+        if stated is None:
             modes = [mode for flag, mode in _FLAGS.items() if isinstance(given, dict) and given.get(flag) is True]
         if not isinstance(modes, list) or not modes or any(mode not in _FLAGS.values() for mode in modes):
             raise ModelError(
@@ -347,10 +346,10 @@ def agreement(before: Tensor, after: Tensor) -> dict[str, Measurement]:
     return {"cosine": cosine, "spearman": Measurement(whole, stderr, count, "rank correlation")}
 
 
-def _correlation(similarities: list[NDArray[np.float64]], kept: NDArray[np.int64]) -> float:
+def _correlation(similarities: Sequence[NDArray[np.float64]], kept: NDArray[np.int64]) -> float:
     above = np.triu_indices(len(kept), 1)
-    ranks = [_ranks(each[np.ix_(kept, kept)][above]) for each in similarities]
-    return float(np.corrcoef(*ranks)[0, 1])
+    one, other = (_ranks(each[np.ix_(kept, kept)][above]) for each in similarities)
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

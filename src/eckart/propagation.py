@@ -36,6 +36,29 @@ class Inputs:
     still the original; None unless the weight's output is added to the block's."""
 
 
+def blended(one: dict[str, Inputs], other: dict[str, Inputs], share: float) -> dict[str, Inputs]:
+    """Mix what weights read in two texts.
+
+    Args:
+        one: By the matrix's name.
+        other: Of the same matrices, in another text. Where no token of it reached a weight, `one` stays.
+        share: Of the other, from 0 to 1.
+
+    Returns:
+        The mixtures.
+    """
+    found = {}
+    for name, mine in one.items():
+        its = other[name]
+        if not mine.tokens or not its.tokens:
+            found[name] = mine if mine.tokens else its
+            continue
+        drift = None if mine.drift is None or its.drift is None else torch.lerp(mine.drift, its.drift, share)
+        after, cross = torch.lerp(mine.after, its.after, share), torch.lerp(mine.cross, its.cross, share)
+        found[name] = Inputs(mine.tokens + its.tokens, after, cross, drift)
+    return found
+
+
 class Streams:
     """Both streams at the current block; moves forward one block at a time."""
 

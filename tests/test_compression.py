@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,24 @@ def test_every_allocation_is_compared_and_the_one_that_diverges_least_is_kept():
     found = compress(model, tiny.tokenizer(), text(), settings(allocate="auto"))
     assert set(found.divergence) == {"uniform", "tail", "measured"}
     assert found.divergence[found.chosen].value == min(value.value for value in found.divergence.values())
+
+
+def test_auto_moves_budget_while_that_brings_the_cut_model_nearer():
+    model = tiny.build("llama")
+    chosen = settings(allocate="auto", ratio=0.4, measured=6)
+    found = compress(model, tiny.tokenizer(), text(), chosen)
+    values = [value.value for value in found.facts["rounds"]]
+    assert len(values) > 1
+    assert values == sorted(values, reverse=True)
+    assert found.facts["budget"]["spent"] <= found.facts["budget"]["allowed"]
+    small = copy.deepcopy(model)
+    factor_(small, found.plan, factors=found.factors, storage="pivoted")
+    total = []
+    for block in read_windows(text(), tiny.tokenizer(), length=16, count=6).blocks:
+        one, two = (m(**block.inputs).logits.detach().log_softmax(-1) for m in (model, small))
+        total += (one.exp() * (one - two)).sum(-1).mean(-1).tolist()
+    assert values[-1] == pytest.approx(np.mean(total), rel=1e-3)
+    assert compress(model, tiny.tokenizer(), text(), settings()).facts["rounds"] == []
 
 
 def test_a_budget_in_bytes_is_that_of_the_whole_model():

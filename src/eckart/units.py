@@ -18,7 +18,7 @@ from eckart.calibration import Place, Watch
 from eckart.dataflow import evaluating, example_inputs
 from eckart.errors import MatrixError
 from eckart.experts import costs_at
-from eckart.factoring import obstacle
+from eckart.factoring import Factors, obstacle
 from eckart.linear import STORAGES
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
 from eckart.neurons import Cut
@@ -334,7 +334,7 @@ def told(unit: Unit, rank: int) -> dict[str, Any]:
     return {"rank": width, "of": whole, "ranks": ranks}
 
 
-def of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+def of_parts(units: Sequence[Unit], factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """Divide the factors of joined experts among their parts, which go on sharing `Vh`.
 
     Args:
@@ -344,20 +344,20 @@ def of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str
     Returns:
         By the name of each matrix in the model's list.
     """
-    found = {}
+    found: dict[str, Factors] = {}
     for unit in units:
         for matrix, parts in zip(unit.matrices, unit.parts):
-            if matrix.name in factors and parts == (matrix,):
-                found[matrix.name] = factors[matrix.name]
-            elif matrix.name in factors:
-                spectrum = factors[matrix.name]
+            spectrum = factors.get(matrix.name)
+            if spectrum is not None and parts == (matrix,):
+                found[matrix.name] = spectrum
+            elif isinstance(spectrum, Spectrum):
                 for part in parts:
                     found[part.name] = replace(spectrum, U=spectrum.U[rows_of(part).to(spectrum.U.device)])
     return found
 
 
 @contextmanager
-def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
+def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[dict[str, Tensor]]:
     """Give a model its weights back on leaving, to the bit.
 
     Args:
@@ -365,11 +365,11 @@ def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
         matrices: Those that may be.
 
     Yields:
-        Nothing.
+        Copies of the weights, by the matrix's name.
     """
-    originals = [(matrix, read(model, matrix)) for matrix in matrices]
+    originals = {matrix.name: read(model, matrix) for matrix in matrices}
     try:
-        yield
+        yield originals
     finally:
-        for matrix, weight in originals:
-            write(model, matrix, weight)
+        for matrix in matrices:
+            write(model, matrix, originals[matrix.name])

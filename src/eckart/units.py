@@ -242,7 +242,8 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
         built = layers_at(shape, ranks, settings, place)
     else:
         built = [(rank, STORAGES[settings.storage](into, out, rank, False, **place)) for rank in ranks]
-    ranks, layers = [rank for rank, _ in built], [layer for _, layer in built]
+    ranks = [rank for rank, _ in built]
+    layers: list[nn.Module] = [layer for _, layer in built]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]

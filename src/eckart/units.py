@@ -270,6 +270,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
     Returns:
         An edit for every matrix that is cut.
     """
+    weighting: Any = {"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method)
     return tuple(
         Edit(
             matrix=part.name,
@@ -279,7 +280,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             rho=min(rank, part.rank) / part.rank,
             rank=min(rank, part.rank),
             kind=settings.method if settings.method in STRUCTURES else "low_rank",
-            weighting={"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method),
+            weighting=weighting,
             stack=part.stack,
         )
         for unit in units

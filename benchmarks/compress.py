@@ -5,7 +5,7 @@
     python benchmarks/compress.py SHARED --model minilm      # an encoder: benchmarks/compress_encoder.py
 
 Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
-and so on. Matrices are cut by rank alone; `compress_forms.py` measures what removing neurons adds. Perplexity is that
+and so on. Matrices are cut by rank alone, without compensation; `compress_forms.py` has the default. Perplexity is that
 of the first 64 windows of the validation text, and of 16 windows of the other model's.
 Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
 process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
@@ -143,7 +143,9 @@ class Bench:
         key = {"draw": draw, "ratio": ratio, "method": method, "allocate": allocate, "storage": storage}
         if self.has(**key) or (self.only is not None and f"{method} {allocate} {storage}" != self.only):
             return
-        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=False)
+        settings = CompressSettings(
+            ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=False, compensation=0.0
+        )
         units, _ = find_units(self.model, find_matrices(self.model), settings)
         spill = work.setdefault(method, Spill(None))
         steps = Steps(self.model, self.tokenizer, settings, windows, units, spill, lambda _: None)

@@ -5,9 +5,10 @@
     python benchmarks/compress.py SHARED --model minilm      # an encoder: benchmarks/compress_encoder.py
 
 Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
-and so on. Matrices are cut by rank alone, and budgets divided once; the last way is the default of `eckart compress`,
-which removes neurons of MLPs, too, and moves budget between matrices afterwards. Perplexity is that of the first 64
-windows of the validation text, and of 16 windows of the other model's.
+and so on. Matrices are cut by rank alone without compensation, and budgets divided once; the last way is the default of
+`eckart compress`, which also removes neurons of MLPs, makes up for what a block lacks, and moves budget between
+matrices afterwards. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the other
+model's.
 Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
 process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
 """
@@ -49,7 +50,7 @@ WAYS = [
     ("lowrank+sparse", ["uniform"], ["pivoted"]),
     ("propagated", ["auto"], ["factored"]),
     ("propagated", ["uniform", "auto"], ["pivoted"]),
-    ("propagated", ["auto"], ["pivoted, neurons, rounds"]),
+    ("propagated", ["auto"], ["pivoted, default"]),
 ]
 ROUNDED = [("int8", 8), ("int4", 4), ("int4, groups of 32", 4)]
 MORE = ["sensitivity", "groups", "signed", "mp", "effective-rank"]
@@ -145,9 +146,11 @@ class Bench:
         key = {"draw": draw, "ratio": ratio, "method": method, "allocate": allocate, "storage": storage}
         if self.has(**key) or (self.only is not None and f"{method} {allocate} {storage}" != self.only):
             return
-        default = storage.endswith("rounds")
+        default = storage.endswith("default")
         storage = storage.split(",")[0]
-        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage, neurons=default)
+        settings = CompressSettings(ratio=ratio, method=method, allocate=allocate, storage=storage)
+        if not default:
+            settings = settings.model_copy(update={"neurons": False, "compensation": 0.0})
         units, _ = find_units(self.model, find_matrices(self.model), settings)
         spill = work.setdefault(f"{method}, {default}", Spill(None))
         steps = Steps(self.model, self.tokenizer, settings, windows, units, spill, lambda _: None)

@@ -272,7 +272,7 @@ class CompressSettings(Settings):
     )
 
     compensation: float = Field(
-        default=0.0, ge=0, le=1, description="share of what a block's output lacks that its last weight makes up for"
+        default=1.0, ge=0, le=1, description="share of what a block's output lacks that its last weight makes up for"
     )
     sparse: float = Field(
         default=0.1, gt=0, lt=1, description="share of the numbers that are single entries in method 'lowrank+sparse'"

@@ -270,9 +270,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
     Returns:
         An edit for every matrix that is cut.
     """
-    made = settings.method in STRUCTURES
-    weighting: Any = "none" if settings.method == "svd" else "double" if made else settings.method
-    kind: Any = settings.method if made else "low_rank"
+    weighting: Any = {"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method)
     return tuple(
         Edit(
             matrix=part.name,
@@ -281,7 +279,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             shape=part.shape,
             rho=min(rank, part.rank) / part.rank,
             rank=min(rank, part.rank),
-            kind=kind,
+            kind=settings.method if settings.method in STRUCTURES else "low_rank",
             weighting=weighting,
             stack=part.stack,
         )

@@ -44,6 +44,8 @@ WAYS = [
     ("asvd", ["uniform"], ["factored", "pivoted"]),
     ("whiten", ["uniform"], ["factored", "pivoted"]),
     ("double", ["uniform", "tail", "measured"], ["factored", "pivoted"]),
+    ("monarch", ["uniform"], ["factored"]),  # which it is neither of; its numbers are those of factors
+    ("lowrank+sparse", ["uniform"], ["pivoted"]),
     ("propagated", ["auto"], ["factored"]),
     ("propagated", ["uniform", "auto"], ["pivoted"]),
 ]

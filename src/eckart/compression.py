@@ -33,7 +33,7 @@ from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, w
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
-from eckart.factoring import Factors
+from eckart.factoring import Factors, Structure
 from eckart.matrices import (
     Matrix,
     coverage,
@@ -565,7 +565,7 @@ class Steps:
         assert found is not None
         return np.append(errors_of(found)[:-1], 0.0)
 
-    def _structure(self, unit: Unit, rank: int) -> Any:
+    def _structure(self, unit: Unit, rank: int) -> Structure:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
         key = f"{unit.name} at {rank}"
         kept = self.work.tensors(key)

@@ -242,7 +242,8 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
         built = layers_at(shape, ranks, settings, place)
     else:
         built = [(rank, STORAGES[settings.storage](into, out, rank, False, **place)) for rank in ranks]
-    ranks, layers = [rank for rank, _ in built], [layer for _, layer in built]
+    ranks = [rank for rank, _ in built]
+    layers: list[nn.Module] = [layer for _, layer in built]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]
@@ -269,6 +270,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
     Returns:
         An edit for every matrix that is cut.
     """
+    weighting: Any = {"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method)
     return tuple(
         Edit(
             matrix=part.name,
@@ -278,7 +280,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             rho=min(rank, part.rank) / part.rank,
             rank=min(rank, part.rank),
             kind=settings.method if settings.method in STRUCTURES else "low_rank",
-            weighting={"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method),
+            weighting=weighting,
             stack=part.stack,
         )
         for unit in units

@@ -136,7 +136,7 @@ def table() -> None:
         measures = [own, away, "blimp_half"]
         print(f"\n**{name}**\n\n| default at | " + " | ".join(measures) + f" | perplexity of {domain} | of {other} |")
         print("|---|---|---|---|---|---|")
-        for row in rows:
+        for row in sorted(rows, key=lambda row: -row.get("ratio", 1.0)):
             if row["kind"] in ("original", "default"):
                 cells = [number(row["quality"][task]["accuracy"], True) for task in measures]
                 cells += [number(row["quality"][text]["perplexity"]) for text in (domain, other)]

@@ -24,7 +24,7 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import STATISTICS_BYTES, Steps
+from eckart.compression import STATISTICS_BYTES, Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write
@@ -44,6 +44,8 @@ WAYS = [
     ("asvd", ["uniform"], ["factored", "pivoted"]),
     ("whiten", ["uniform"], ["factored", "pivoted"]),
     ("double", ["uniform", "tail", "measured"], ["factored", "pivoted"]),
+    ("monarch", ["uniform"], ["factored"]),  # which it is neither of; its numbers are those of factors
+    ("lowrank+sparse", ["uniform"], ["pivoted"]),
     ("propagated", ["auto"], ["factored"]),
     ("propagated", ["uniform", "auto"], ["pivoted"]),
 ]
@@ -154,12 +156,12 @@ class Bench:
                 self.add({"draw": draw, "method": method, "allocate": "reading", "seconds": read_seconds})
             start = time.process_time()
             chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
-            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            choice, factors, rounds = steps.iterate(curves, choice, steps.budget(curves))
             if allocate not in ("auto", "uniform") and chosen != allocate:
                 # The table shows every allocation as it is, not the better one of it and uniform.
                 choice = steps.allocation(allocate, curves, steps.budget(curves))
-                ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-            factors = steps.factors(ranks)
+                factors = steps.factors(ranks_of(curves, choice))
+            ranks = ranks_of(curves, choice)
             seconds = time.process_time() - start
         small = copy.deepcopy(self.model)
         made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=storage)
@@ -169,6 +171,7 @@ class Bench:
                 **key,
                 "chosen": chosen,
                 "divergence": {name: value.value for name, value in divergence.items()},
+                "rounds": [value.value for value in rounds],
                 "kept": spent / float(sum(curve.costs[-1] for curve in curves)),
                 "parameters": made.after.parameters,
                 **self.quality(small),

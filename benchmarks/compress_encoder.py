@@ -15,7 +15,7 @@ from pathlib import Path
 
 import eckart
 from compress import RESULTS, ROUNDED, round_
-from eckart.compression import Steps, read_calibration
+from eckart.compression import Steps, ranks_of, read_calibration
 from eckart.dataflow import evaluating
 from eckart.embedding import agreement, embed_all, read_pooling
 from eckart.factoring import factor_
@@ -94,8 +94,8 @@ def run(shared: Path, ratios: list[float], only: str | None) -> None:
                 reading = time.process_time() - start
                 start = time.process_time()
                 chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
-                ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-                factors = steps.factors(ranks)
+                choice, factors, _ = steps.iterate(curves, choice, steps.budget(curves))
+                ranks = ranks_of(curves, choice)
             seconds = time.process_time() - start
             small = copy.deepcopy(model)
             factor_(small, edits_of(units, ranks, settings), factors=factors, storage="pivoted")

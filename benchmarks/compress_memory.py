@@ -24,7 +24,6 @@ def main() -> None:
     for name, text, windows in (
         ("stories260K", "tinystories", 1),
         ("pebble-7m", "books", 16),
-        ("pebble-7m", "books", 64),
     ):
         model = str(shared / "models" / name)
         file = str(shared / "text" / f"{text}_calibration.txt")

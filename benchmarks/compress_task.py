@@ -19,7 +19,7 @@ from pathlib import Path
 import eckart
 from compress import RESULTS
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps, encode_plain
+from eckart.compression import Steps, encode_plain, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices
@@ -90,8 +90,8 @@ class Bench:
         with evaluating(self.model), each_expert(self.model):
             curves = steps.curves()
             chosen, choice, _ = steps.choose(curves, steps.budget(curves))
-            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-            factors = steps.factors(ranks)
+            choice, factors, _ = steps.iterate(curves, choice, steps.budget(curves))
+            ranks = ranks_of(curves, choice)
         seconds = time.process_time() - started
         small = copy.deepcopy(self.model)
         factor_(small, edits_of(units, ranks, settings), factors=factors, storage="pivoted")
@@ -136,7 +136,7 @@ def table() -> None:
         measures = [own, away, "blimp_half"]
         print(f"\n**{name}**\n\n| default at | " + " | ".join(measures) + f" | perplexity of {domain} | of {other} |")
         print("|---|---|---|---|---|---|")
-        for row in rows:
+        for row in sorted(rows, key=lambda row: -row.get("ratio", 1.0)):
             if row["kind"] in ("original", "default"):
                 cells = [number(row["quality"][task]["accuracy"], True) for task in measures]
                 cells += [number(row["quality"][text]["perplexity"]) for text in (domain, other)]

@@ -3,10 +3,10 @@
     python benchmarks/quantisation.py MODEL CALIBRATION TEXT [--folder NAME=FACTORED ...]
     python benchmarks/quantisation.py --table
 
-Compared, each as an exported file: the dense model in float32 and in 8, 4 and 2 bits; mixtures of 8 and 4 bits, those
+Compared, each as an exported file: the dense model in float32 and 8, 4 and 2 bits; mixtures of 8 and fewer bits, those
 matrices in 8 that err most (chosen like ranks, by the errors in the metric of inputs and outputs); 4 and 2 bits with
-low-rank corrections in 8 bits, in several metrics and ranks (`eckart recover --method repair` is the last of them); low
-rank and a share of single entries (`W = UV + S`); and the folders named (of `eckart compress`, `eckart recover`).
+low-rank corrections in 8 bits, in several metrics and ranks (`eckart recover --method repair` is that of both with 4
+rounds); and the folders named (of `eckart compress`, `eckart recover`).
 CALIBRATION is what the metrics are taken from. Perplexity is over windows of TEXT, the same for all. Results go to
 benchmarks/results/quantisation-MODEL.json.
 """
@@ -58,23 +58,22 @@ class Side:
     weights: tuple[str, ...]
     fine: list[Tensor] = field(default_factory=list)
     """Weights that stay at 8 bits."""
-    bytes_per_number: float | None = None
-    """Where a file is not written in the numbers that are meant."""
+    half: bool = False
+    """Weights are rounded to float16, which the file holds in float32; the bytes that they would take are counted."""
 
 
 def sides(options: argparse.Namespace) -> Iterator[Side]:
     """What is compared, one at a time."""
     model, tokenizer = load(options.model, device="cpu", dtype="float32")
-    windows = read_windows(read_text(options.calibration), tokenizer, length=options.window, count=128)
+    windows = read_windows(read_text(options.calibration), tokenizer, length=options.window, count=options.read)
     linear = check_repairable(model, tokenizer, RecoverSettings(method="repair"))
     moments = collect(model, windows, linear)
     yield Side("dense", model, ("none", "int8", "int4", "int2"))
-    half, _ = load(options.model, device="cpu", dtype="float32")
-    for weight in half.parameters():
-        weight.data = weight.data.half().float()
-    yield Side("dense, fp16 (bytes counted)", half, ("none",), bytes_per_number=2)
-    for share in options.mixed:
-        yield Side(f"dense, {share:.0%} of the way to int8", model, ("int4",), finer(model, linear, moments, share))
+    yield Side("dense, fp16 (bytes counted)", model, ("none",), half=True)
+    for entry in options.mixed:
+        low, _, share = entry.partition(":")
+        name = f"dense, {float(share):.0%} of the way from int{low} to int8"
+        yield Side(name, model, (f"int{low}",), finer(model, linear, moments, int(low), float(share)))
     for entry in options.repair:
         bits, metric, rank, rounds = entry.split(":")
         yield repaired(options, linear, moments, int(bits), metric, int(rank), int(rounds))
@@ -82,17 +81,17 @@ def sides(options: argparse.Namespace) -> Iterator[Side]:
         yield Side(name, load(folder, device="cpu", dtype="float32")[0], ("int8", "int4"))
 
 
-def finer(model: Any, linear: list[Matrix], moments: Mapping[str, Moments], share: float) -> list[Tensor]:
-    """The weights that get 8 bits where a share of the bytes between 4 and 8 bits may be spent."""
+def finer(model: Any, linear: list[Matrix], moments: Mapping[str, Moments], low: int, share: float) -> list[Tensor]:
+    """The weights that get 8 bits where a share of the bytes between few bits and 8 may be spent."""
     curves = []
     for matrix in linear:
         left, right = roots_of(moments[matrix.name])
         assert left is not None
         weight = read(model, matrix)
-        change = (left.before(right.after((weight - round_weight(weight, bits)).double())) for bits in (4, 8))
+        change = (left.before(right.after((weight - round_weight(weight, bits)).double())) for bits in (low, 8))
         errors = np.array([float(each.square().sum()) for each in change])
-        costs = np.array([packed_bytes(matrix.shape, bits) for bits in (4, 8)], dtype=np.float64)
-        curves.append(Curve(matrix.name, np.array([4, 8]), costs, errors))
+        costs = np.array([packed_bytes(matrix.shape, bits) for bits in (low, 8)], dtype=np.float64)
+        curves.append(Curve(matrix.name, np.array([low, 8]), costs, errors))
     least, most = (sum(float(curve.costs[index]) for curve in curves) for index in (0, 1))
     choice = water_fill(curves, least + share * (most - least))
     return [model.get_parameter(matrix.parameter).detach() for matrix in linear if choice[matrix.name]]
@@ -132,6 +131,17 @@ def repaired(
     return Side(name, model, (f"int{bits}",), _adapter_weights(model))
 
 
+def halve_(graph: Any) -> int:
+    """Round weights to float16, and give the bytes that this would save."""
+    saved = 0
+    for tensor in graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float16).astype(np.float32), tensor.name))
+            saved += array.nbytes // 2
+    return saved
+
+
 def windows_of(text: Path, tokenizer: Any, options: argparse.Namespace) -> list[list[int]]:
     found: list[list[int]] = []
     for document in text.read_text(encoding="utf-8").split("<|endofdoc|>"):
@@ -149,20 +159,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        before: Any = None
+        proto: Any = None
+        facts: dict[str, Any] = {}
         for side in sides(options):
-            state = cache_shapes(side.model)
-            with torch.no_grad():
-                proto = _graph(side.model, state)
-            facts = _facts(side.model, tokenizer, state, "none")
+            if side.model is not before:
+                before, state = side.model, cache_shapes(side.model)
+                with torch.no_grad():
+                    proto = _graph(side.model, state)
+                facts = _facts(side.model, tokenizer, state, "none")
             for how in side.weights:
                 place = Path(temporary) / str(len(rows))
                 place.mkdir()
                 copy = onnx.ModelProto()
                 copy.CopyFrom(proto)
+                counted = halve_(copy.graph) if side.half else 0
                 size = _write_model(copy, place / "model.onnx", how, side.fine)  # pyright: ignore[reportArgumentType]
-                if side.bytes_per_number is not None:
-                    numbers = sum(weight.numel() for weight in side.model.parameters())
-                    size = round(size - (4 - side.bytes_per_number) * numbers)
+                size -= counted
                 (place / FACTS).write_text(to_json(facts))
                 runner = open_model(place, threads=options.threads)
                 each = [losses(runner, ids, window=options.window, stride=options.window).mean() for ids in windows]
@@ -216,24 +229,26 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of the dense model")
     parser.add_argument("calibration", nargs="?", type=Path, help="documents separated by <|endofdoc|>")
     parser.add_argument("text", nargs="?", type=Path, help="others")
-    parser.add_argument("--mixed", type=float, nargs="*", default=[0.25, 0.5, 0.75], help="shares of 8 and 4 bits")
+    parser.add_argument("--mixed", nargs="*", default=["4:0.25", "4:0.5", "4:0.75"], help="BITS:SHARE of the way to 8")
     parser.add_argument(
         "--repair",
         nargs="*",
         default=[
-            *(f"4:{metric}:16:1" for metric in METRICS),
-            *(f"4:both:{rank}:4" for rank in (2, 4, 8, 16, 32)),
-            *(f"2:both:{rank}:4" for rank in (8, 16, 32)),
+            *(f"4:{metric}:8:1" for metric in METRICS),
+            *(f"4:both:{rank}:4" for rank in (4, 8, 16)),
+            "2:both:16:4",
         ],
         help="BITS:METRIC:RANK:ROUNDS",
     )
     parser.add_argument("--folder", nargs="*", default=[], help="NAME=FOLDER of a factored model")
+    parser.add_argument("--read", type=int, default=128, help="windows of CALIBRATION")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--prompt", type=int, default=32, help="tokens read before decoding")
     parser.add_argument("--tokens", type=int, default=64, help="tokens decoded; their median counts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--add", action="store_true", help="keep saved rows that are not measured again")
     parser.add_argument("--table", action="store_true", help="print the tables of saved results")
     options = parser.parse_args()
     if not options.table:
@@ -241,7 +256,13 @@ def main() -> None:
             parser.error("give a model and two texts")
         found = run(options)
         name = Path(options.model).name
-        (RESULTS / f"quantisation-{name}.json").write_text(to_json(found), encoding="utf-8")
+        place = RESULTS / f"quantisation-{name}.json"
+        if options.add:  # windows and dense model are the same, and differences to it are what is kept
+            saved = json.loads(place.read_text(encoding="utf-8"))
+            now = {(row["model"], row["weights"]) for row in found["rows"]}
+            found["rows"] += [row for row in saved["rows"] if (row["model"], row["weights"]) not in now]
+            found["earlier_commands"] = [*saved.get("earlier_commands", []), saved["command"]]
+        place.write_text(to_json(found), encoding="utf-8")
     for path in sorted(RESULTS.glob("quantisation-*.json")):
         print(table(json.loads(path.read_text(encoding="utf-8"))), end="\n\n")
 

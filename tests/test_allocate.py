@@ -114,3 +114,22 @@ def test_a_budget_that_no_choice_meets_is_refused():
     curves = three()
     with pytest.raises(RankError, match="too small"):
         allocate.check_budget(curves, 1.0)
+
+
+@given(seed=st.integers(0, 30), at=st.floats(0, 1), share=st.floats(0, 1))
+def test_nearby_leaves_just_the_choices_of_about_the_same_cost(seed, at, share):
+    whole = curve("x", seed, 9, 8)
+    choice = int(at * (len(whole.ranks) - 1))
+    part, before = allocate.nearby(whole, choice, share)
+    cost = whole.costs[choice]
+    close = [i for i, c in enumerate(whole.costs) if abs(c - cost) <= share * cost * (1 + 1e-9) or i == choice]
+    assert [before + i for i in range(len(part.ranks))] == close
+    assert np.array_equal(part.errors, whole.errors[before : before + len(part.ranks)])
+
+
+def test_repriced_errors_rise_as_the_measured_losses_do():
+    whole = curve("x", 3, 9, 8)
+    found = allocate.repriced(whole, 4, 0.5, [(2, 0.9), (6, 0.3)])
+    assert found.errors[2] - found.errors[6] == pytest.approx(0.6)
+    assert np.allclose(found.errors / found.errors[0], whole.errors / whole.errors[0])
+    assert not allocate.repriced(whole, 4, 0.5, [(2, 0.4)]).errors.any()

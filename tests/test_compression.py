@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,11 +134,46 @@ def test_propagated_cuts_see_the_cut_model_and_aim_at_the_original_one():
     assert divergences[1.0] < divergences[0.0]
 
 
+def test_compensation_brings_the_outputs_of_cut_blocks_nearer_to_the_original_ones():
+    model = tiny.build("llama")
+    small = {"windows": 12, "ratio": 0.5, "input_shrinkage": 0.0, "output_shrinkage": 0.99}
+    gaps = []
+    for share in (0.0, 0.5, 1.0):
+        found = compress(model, tiny.tokenizer(), text(), settings(compensation=share, **small))
+        cut = copy.deepcopy(model)
+        factor_(cut, found.plan, factors=found.factors, storage="pivoted")
+        gap = 0.0
+        for block in read_windows(text(), tiny.tokenizer(), length=16, count=12).blocks:
+            states = [m(**block.inputs, output_hidden_states=True).hidden_states[1] for m in (model, cut)]
+            gap += float((states[0] - states[1]).detach().square().sum())
+        gaps.append(gap)
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[2] < 0.98 * gaps[0]
+
+
 def test_every_allocation_is_compared_and_the_one_that_diverges_least_is_kept():
     model = tiny.build("llama")
     found = compress(model, tiny.tokenizer(), text(), settings(allocate="auto"))
     assert set(found.divergence) == {"uniform", "tail", "measured"}
     assert found.divergence[found.chosen].value == min(value.value for value in found.divergence.values())
+
+
+def test_auto_moves_budget_while_that_brings_the_cut_model_nearer():
+    model = tiny.build("llama")
+    chosen = settings(allocate="auto", ratio=0.4, measured=6)
+    found = compress(model, tiny.tokenizer(), text(), chosen)
+    values = [value.value for value in found.facts["rounds"]]
+    assert len(values) > 1
+    assert values == sorted(values, reverse=True)
+    assert found.facts["budget"]["spent"] <= found.facts["budget"]["allowed"]
+    small = copy.deepcopy(model)
+    factor_(small, found.plan, factors=found.factors, storage="pivoted")
+    total = []
+    for block in read_windows(text(), tiny.tokenizer(), length=16, count=6).blocks:
+        one, two = (m(**block.inputs).logits.detach().log_softmax(-1) for m in (model, small))
+        total += (one.exp() * (one - two)).sum(-1).mean(-1).tolist()
+    assert values[-1] == pytest.approx(np.mean(total), rel=1e-3)
+    assert compress(model, tiny.tokenizer(), text(), settings()).facts["rounds"] == []
 
 
 def test_a_budget_in_bytes_is_that_of_the_whole_model():

@@ -634,4 +634,7 @@ def test_the_program_writes_an_elastic_folder_and_one_size_of_it(program, tiny_l
     refused = program("apply", tiny_llama_folder, "--ratio", "0.5", "--out", tmp_path / "none")
     assert refused.status == 1
     assert "not elastic" in refused.err
+    inspected = program("inspect", out / "model", "--out", tmp_path / "none")
+    assert inspected.status == 1
+    assert "eckart apply MODEL --ratio" in inspected.err
     assert not (tmp_path / "none").exists()

@@ -1,6 +1,7 @@
 """Low rank plus sparse, fitted and as a layer. Oracles: torch's sparse matrices, least squares, what was planted."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_layer_is_its_product_and_its_entries_with_gradients_and_without(stora
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_keeps_its_dtype_and_counts_what_it_holds(storage, dtype):
     weight, bias = normal(12, 18), normal(12, seed=1, dtype=dtype)
-    both = separate(weight, 3, 20, metric_of(12, 18), storage=storage)
+    both = replace(separate(weight, 3, 20, metric_of(12, 18)), storage=storage)
     layer = both.layer(bias=bias, dtype=dtype)
     with torch.no_grad():
         y = layer(weight.to(dtype))

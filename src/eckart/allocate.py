@@ -335,6 +335,43 @@ def divided(
     return water_fill(curves, budget, floor=floor)
 
 
+def nearby(curve: Curve, choice: int, share: float) -> tuple[Curve, int]:
+    """Leave a curve only the choices whose cost differs by at most a share from that of one.
+
+    Args:
+        curve: Any.
+        choice: The one, which always stays.
+        share: From 0 to 1.
+
+    Returns:
+        The part of the curve, and how many choices before it were left out.
+    """
+    cost = float(curve.costs[choice])
+    first = min(choice, int(np.searchsorted(curve.costs, cost * (1 - share))))
+    last = max(choice, curve.most(cost * (1 + share)))
+    part = slice(first, last + 1)
+    return replace(curve, ranks=curve.ranks[part], costs=curve.costs[part], errors=curve.errors[part]), first
+
+
+def repriced(curve: Curve, choice: int, loss: float, points: Sequence[tuple[int, float]]) -> Curve:
+    """Scale a curve so that it rises, about a choice, as measured losses do.
+
+    Args:
+        curve: Whose errors are right near the choice but for their scale.
+        choice: What the curve has now.
+        loss: Measured there.
+        points: (choice, measured loss) with this curve alone elsewhere.
+
+    Returns:
+        The curve with errors in the unit of the losses, not lifted to them; 0 where losses do not fall with the cost.
+    """
+    known = {choice: loss, **dict(points)}
+    first, last = min(known), max(known)
+    saved = float(curve.errors[first] - curve.errors[last])
+    price = max(known[first] - known[last], 0.0) / saved if saved > 0 else 0.0
+    return replace(curve, errors=price * curve.errors)
+
+
 def by_sensitivity(
     curves: Sequence[Curve], budget: float, measured: Mapping[str, Sequence[tuple[float, float]]]
 ) -> Choice:

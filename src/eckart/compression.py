@@ -12,6 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, w
 from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sentences
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
-from eckart.factoring import Factors
+from eckart.factoring import Factors, Structure
 from eckart.matrices import (
     Matrix,
     coverage,
@@ -75,6 +76,12 @@ AUTO = ("uniform", "tail", "measured")
 MEASURED_AT = (1.0, 0.5)
 """Shares of the budget at which `measured` cuts each matrix alone."""
 SENSITIVITY_SHARES = (0.9, 0.7, 0.5, 0.3)
+ROUNDS = 2
+"""Rounds, at most, in which `auto` moves budget between matrices by what the cut model shows."""
+MOVED = 0.25
+"""Share of its cost by which a round changes a unit at most."""
+PROBED = (0.87, 1.15)
+"""Shares of its cost at which a round measures each unit."""
 
 
 @dataclass(frozen=True)
@@ -186,15 +193,15 @@ def compress(
         curves = run.curves()
         budget = run.budget(curves)
         allocate.check_budget(curves, budget)
-        elastic, factors = None, {}
+        elastic, factors, rounds = None, {}, []
         if settings.elastic:
             config, elastic, ranks, divergence = run.elastic(curves)
             chosen = config.allocation
             choice = {curve.name: curve.at(ranks[curve.name]) for curve in curves}
         else:
             chosen, choice, divergence = run.choose(curves, budget)
-            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
-            factors = run.factors(ranks)
+            choice, factors, rounds = run.iterate(curves, choice, budget)
+            ranks = ranks_of(curves, choice)
     edits = edits_of(units, ranks, settings)
     plan = Plan(
         model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
@@ -222,6 +229,7 @@ def compress(
             "dense": float(sum(curve.costs[-1] for curve in curves)),
         },
         "matrices": [row for unit in units for row in described(unit, ranks[unit.name], by_name[unit.name])],
+        "rounds": rounds,
         "stayed_dense": blocked,
         "ratios": ratios_of(settings.ratio or 1.0, curves) if settings.elastic else [],
         "roots": run.roots,
@@ -375,6 +383,7 @@ def forecast(
     trials = {"auto": len(MEASURED_AT), "measured": len(MEASURED_AT), "sensitivity": len(SENSITIVITY_SHARES)}
     # Both streams read a block once for each of about four groups of matrices in it, and once to go on.
     cutting = 10 * forward + 0.5 * reading if settings.method == "propagated" else 0.0
+    rounds = ROUNDS if settings.allocate == "auto" and not settings.elastic else 0
     shapes = [matrix.shape for unit in units for matrix in unit.matrices]
     weights = sum(parameter.nbytes for parameter in model.parameters())
     hidden = sum(windows.tokens) * max(into for _, into in shapes) * 4
@@ -386,7 +395,12 @@ def forecast(
         "sum_of_single_divergences": float(sum(row["divergence"].value for row in rows if row["divergence"])),
         "divergence_together": together,
         "stays_dense": blocked,
-        "seconds": float(reading + trials.get(settings.allocate, 0) * measuring + 3 * a_few + cutting),
+        "seconds": float(
+            reading
+            + (trials.get(settings.allocate, 0) + rounds * len(PROBED)) * measuring
+            + (3 + rounds) * a_few
+            + (1 + rounds) * cutting
+        ),
         "bytes": int(weights + moments + 8 * 8 * largest + 2 * hidden),
     }
 
@@ -551,7 +565,7 @@ class Steps:
         assert found is not None
         return np.append(errors_of(found)[:-1], 0.0)
 
-    def _structure(self, unit: Unit, rank: int) -> Any:
+    def _structure(self, unit: Unit, rank: int) -> Structure:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
         key = f"{unit.name} at {rank}"
         kept = self.work.tensors(key)
@@ -598,7 +612,7 @@ class Steps:
         found: dict[str, Measurement] = {}
         for number, (name, choice) in enumerate(candidates.items()):
             self.tell(Progress("comparing allocations", number, len(candidates)))
-            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            ranks = ranks_of(curves, choice)
             found[name] = self._kept_divergence(ranks, reference)
         best = min(found, key=lambda name: (found[name].value, name != "uniform"))
         return best, candidates[best], found
@@ -721,7 +735,7 @@ class Steps:
 
     def divergence_of(self, curves: Sequence[Curve], choice: Choice, reference: Sequence[Tensor]) -> list[float]:
         """Divergence of every window with all units cut at once."""
-        return self._divergence_at({curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}, reference)
+        return self._divergence_at(ranks_of(curves, choice), reference)
 
     def _kept_divergence(self, ranks: Mapping[str, int], reference: Sequence[Tensor]) -> Measurement:
         """The same, measured once."""
@@ -757,13 +771,28 @@ class Steps:
         for matrix, found in self._plain(unit, rank).items():
             write(self.model, matrix, found.dense())
 
-    def alone(self, curves: Sequence[Curve], choices: Sequence[Choice]) -> dict[str, list[tuple[int, list[float]]]]:
+    def alone(
+        self,
+        curves: Sequence[Curve],
+        choices: Sequence[Choice],
+        *,
+        originals: Mapping[str, Tensor] | None = None,
+        reference: Sequence[Tensor] | None = None,
+        beside: str = "",
+    ) -> dict[str, list[tuple[int, list[float]]]]:
         """Measure the divergence with each unit alone cut, as each of some choices has it.
+
+        Args:
+            curves: Of all units.
+            choices: For each unit.
+            originals: Weights by matrix, where the model has others; it is then measured with those beside the unit.
+            reference: Predictions of the original model, where this is not it.
+            beside: What the others are, which tells these measurements from any other.
 
         Returns:
             For each unit (choice, divergence of every window), without choices that keep everything.
         """
-        reference = self.reference()
+        reference = self.reference() if reference is None else reference
         by_name = {curve.name: curve for curve in curves}
         found: dict[str, list[tuple[int, list[float]]]] = {unit.name: [] for unit in self.units}
         cache = PrefixCache(self.model, self.order, self.few.blocks)
@@ -773,13 +802,16 @@ class Steps:
             for index in sorted({choice[unit.name] for choice in choices}):
                 if index == len(curve.ranks) - 1:
                     continue
-                key = f"divergence of {unit.name} at {int(curve.ranks[index])}"
+                key = f"divergence of {unit.name} at {int(curve.ranks[index])}{beside}"
                 values = self.work.numbers(key)
                 if values is None:
                     with torch.inference_mode():
                         while cache.depth < self._depth(unit):
                             cache.advance()
                     with restored(self.model, unit.matrices):
+                        if originals is not None:
+                            for matrix in unit.matrices:
+                                write(self.model, matrix, originals[matrix.name])
                         self._cut(unit, int(curve.ranks[index]))
                         values = self._divergence(reference, cache.forward)
                     self.work.note(key, values)
@@ -792,13 +824,90 @@ class Steps:
 
     # Step 3: cut.
 
+    def iterate(
+        self, curves: Sequence[Curve], choice: Choice, budget: float
+    ) -> tuple[Choice, dict[str, Factors], list[Measurement]]:
+        """Cut the model; under `auto` move budget to where the cut model shows that it helps, and cut again.
+
+        In a round every unit alone gets a little less and a little more, beside all the others that are cut. That
+        prices its error, and at these prices the budget is divided again, near where it was. A round that does not
+        lower the divergence is not kept and is the last one.
+
+        Args:
+            curves: Of all units.
+            choice: To begin with.
+            budget: In the unit of the curves.
+
+        Returns:
+            The choice, what every matrix that is cut becomes, and the divergence of the model so cut before the first
+            round and after each that was kept; without rounds it is not measured.
+        """
+        cut = self._joined(ranks_of(curves, choice))
+        if self.settings.allocate != "auto" or self.settings.method in STRUCTURES:
+            return choice, of_parts(self.units, cut), []
+        reference = self.reference()
+        now, priced = self._beside(curves, choice, cut, reference)
+        rounds = [now]
+        for number in range(ROUNDS):
+            self.tell(Progress("moving budget", number, ROUNDS))
+            near = [allocate.nearby(curve, choice[curve.name], MOVED) for curve in priced()]
+            moved = allocate.water_fill([curve for curve, _ in near], budget)
+            other = {curve.name: moved[curve.name] + before for curve, before in near}
+            again = self._joined(ranks_of(curves, other))
+            now, priced = self._beside(curves, other, again, reference)
+            if not now.value < rounds[-1].value:
+                break
+            choice, cut = other, again
+            rounds.append(now)
+        return choice, of_parts(self.units, cut), rounds
+
+    def _beside(
+        self, curves: Sequence[Curve], choice: Choice, cut: Mapping[str, Factors], reference: Sequence[Tensor]
+    ) -> tuple[Measurement, Callable[[], list[Curve]]]:
+        """The divergence of a cut model, and the curves of the units in units of it, near the choice, when asked."""
+        name = str(sorted(ranks_of(curves, choice).items()))
+        matrices = [matrix for unit in self.units for matrix in unit.matrices]
+
+        @contextmanager
+        def cutting() -> Iterator[dict[str, Tensor]]:
+            with restored(self.model, matrices) as originals:
+                for matrix in matrices:
+                    found = cut.get(matrix.name)
+                    if isinstance(found, Spectrum):
+                        write(self.model, matrix, (found.U * found.S) @ found.Vh)
+                yield originals
+
+        values = self.work.numbers(f"divergence of the cut at {name}")
+        if values is None:
+            with cutting():
+                values = self._divergence(reference)
+            self.work.note(f"divergence of the cut at {name}", values)
+        now = mean(np.array(values), self.divergence_unit)
+
+        def priced() -> list[Curve]:
+            less, more = PROBED
+            probes: list[Choice] = [{}, {}]
+            for curve in curves:
+                at, cost = choice[curve.name], float(curve.costs[choice[curve.name]])
+                probes[0][curve.name] = max(0, min(at - 1, curve.most(less * cost)))
+                probes[1][curve.name] = min(len(curve.ranks) - 1, max(at + 1, curve.most(more * cost)))
+            with cutting() as originals:
+                points = self.alone(curves, probes, originals=originals, reference=reference, beside=f" beside {name}")
+            means = {key: [(index, float(np.mean(each))) for index, each in pairs] for key, pairs in points.items()}
+            return [allocate.repriced(curve, choice[curve.name], now.value, means[curve.name]) for curve in curves]
+
+        return now, priced
+
     def factors(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
-        """The factors of every unit that is cut, as ordinary decompositions in the model's precision or better."""
+        """What every matrix that is cut becomes, in the model's precision or better."""
+        return of_parts(self.units, self._joined(ranks))
+
+    def _joined(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
+        """The same, gate and up of an expert as one matrix."""
         if self.settings.method in STRUCTURES:
             cut = [unit for unit in self.units if ranks[unit.name] < unit.full()]
             return {unit.name: self._structure(unit, ranks[unit.name]) for unit in cut}
-        found = self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks)
-        return {**of_parts(self.units, found)}
+        return {**(self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks))}
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         plain = [self._plain(unit, ranks[unit.name]) for unit in self.units]
@@ -905,6 +1014,19 @@ class Steps:
             wanted += settings.compensation * (1 - share) * (drift - target @ (cross - seen))
         # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
         return decompose_weighted(right.solve_after(wanted), left, right)
+
+
+def ranks_of(curves: Sequence[Curve], choice: Choice) -> dict[str, int]:
+    """Give the rank of every unit.
+
+    Args:
+        curves: All of them.
+        choice: For each.
+
+    Returns:
+        By the name of the curve.
+    """
+    return {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ def size_at(
     """
     if ratio is not None and bytes is not None:
         raise RankError(f"ratio {ratio} and bytes {bytes} were both given. One budget is enough. Leave one out.")
-    budget = config.ratio if ratio is None and bytes is None else ratio if bytes is None else bytes
+    budget: Any = config.ratio if ratio is None and bytes is None else ratio if bytes is None else bytes
     if not _is_number(budget):
         raise RankError(f"{budget!r} is no budget. A ratio is a fraction, and bytes are a number. Correct it.")
     if bytes is None and not 0 < budget <= config.ratio + 1e-9:
@@ -358,7 +358,7 @@ class ElasticQuantizer(LowRankQuantizer):
         for name, path in self.paths.items():
             weight = self.elastic.weights[name]
             mark = name if weight.experts else f"{name}.weight"
-            make = _Make(self, name, path)
+            make: Any = _Make(self, name, path)
             found.append(WeightConverter(rf"^{mark}$".replace(".", r"\."), make.targets(model), [make], force_cpu=True))
         return found
 
@@ -428,7 +428,7 @@ def stored_at(config: ElasticConfig, path: str, slices: Slices, ranks: Sequence[
         return StoredLayer("dense", **facts)
     if weight.experts:
         return StoredLayer("experts", rank=FactoredExperts.rounded(pieces[0][1] or 0), **facts)
-    storages = ["dense" if rank is None else config.storage for _, rank, _ in pieces]
+    storages: list[Any] = ["dense" if rank is None else config.storage for _, rank, _ in pieces]
     if len(pieces) == 1:
         return StoredLayer(storages[0], rank=pieces[0][1], **facts)
     blocks = tuple(
@@ -472,7 +472,7 @@ def load_weight(
             (spectrum,) = _spectra(config, path, slices, number, size.anchor, rank)
             made = STORAGES[config.storage].from_spectrum(spectrum.cut(rank), bias=part_bias, dtype=dtype)
         else:
-            made = nn.Linear(weight.shape[1], len(rows), bias is not None, device="meta", dtype=dtype)
+            made: Any = nn.Linear(weight.shape[1], len(rows), bias is not None, device="meta", dtype=dtype)
             made.weight = nn.Parameter(dense[torch.searchsorted(kept, rows)].to(dtype))
             made.bias = None if part_bias is None else nn.Parameter(part_bias.to(dtype))
         blocks.append(made)

@@ -246,7 +246,8 @@ def _holder(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
 
 def _changed(config: ElasticConfig, change: Callable[[ElasticPart], ElasticPart], **fields: Any) -> ElasticConfig:
     weights = {path: replace(weight, parts=tuple(map(change, weight.parts))) for path, weight in config.weights.items()}
-    return ElasticConfig(**config.to_dict() | {"weights": weights} | fields)
+    given: dict[str, Any] = config.to_dict() | {"weights": weights} | fields
+    return ElasticConfig(**given)
 
 
 def _bias(model: nn.Module, path: str) -> Any:

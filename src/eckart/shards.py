@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 )
 
 from eckart.checkpoint import check_folder, resolve
+from eckart.elastic import METHOD as ELASTIC
 from eckart.errors import MatrixError, ModelError
 from eckart.linear import LowRankLayer
 from eckart.matrices import Matrix, coverage, output_embeddings, part_of
@@ -447,6 +448,11 @@ def _layer_of(config: Any, parameter: str) -> StoredLayer | None:
 
 def _eckart_layers(config: Any) -> Mapping[str, StoredLayer]:
     stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == ELASTIC:
+        raise ModelError(
+            "The folder is elastic: its weights have no one size. What is inspected has one. Write a size of it by "
+            "`eckart apply MODEL --ratio R --out DIR`, and inspect DIR/model."
+        )
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
         stored = config.quantization_config = LowRankConfig(**stored)
     return stored.layers if isinstance(stored, LowRankConfig) else {}

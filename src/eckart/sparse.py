@@ -229,15 +229,7 @@ def entries_bytes(shape: tuple[int, int], nonzeros: int, dtype: torch.dtype) -> 
     return nonzeros * (dtype.itemsize + index_dtype(shape[1]).itemsize) + 4 * (shape[0] + 1)
 
 
-def separate(
-    weight: Tensor,
-    rank: int,
-    nonzeros: int,
-    metric: Metric,
-    *,
-    storage: Literal["factored", "pivoted"] = "factored",
-    rounds: int = ROUNDS,
-) -> LowRankSparse:
+def separate(weight: Tensor, rank: int, nonzeros: int, metric: Metric, *, rounds: int = ROUNDS) -> LowRankSparse:
     """Split a weight into a product of low rank and entries of their own, close to it in a metric.
 
     In turns, and neither makes the error larger: the product is the best of its rank for what the entries leave; the
@@ -249,7 +241,6 @@ def separate(
         rank: Of the product, at least 1.
         nonzeros: z, from 1 to all.
         metric: Of the error.
-        storage: How the product is to be stored; no matter here.
         rounds: Turns.
 
     Returns:
@@ -274,7 +265,7 @@ def separate(
     counts = torch.bincount(chosen[:, 0], minlength=len(weight))
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     values = entries[chosen[:, 0], chosen[:, 1]]
-    return LowRankSparse(as_spectrum(up, down), values, chosen[:, 1], starts, storage)
+    return LowRankSparse(as_spectrum(up, down), values, chosen[:, 1], starts)
 
 
 def _entries(

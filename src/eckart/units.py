@@ -18,7 +18,7 @@ from eckart.calibration import Place, Watch
 from eckart.dataflow import evaluating, example_inputs
 from eckart.errors import MatrixError
 from eckart.experts import costs_at
-from eckart.factoring import obstacle
+from eckart.factoring import Factors, obstacle
 from eckart.linear import STORAGES
 from eckart.matrices import Matrix, partition, read, rows_of, select, write
 from eckart.neurons import Cut
@@ -242,7 +242,8 @@ def seconds_of(shape: tuple[int, int], settings: CompressSettings, like: Tensor)
         built = layers_at(shape, ranks, settings, place)
     else:
         built = [(rank, STORAGES[settings.storage](into, out, rank, False, **place)) for rank in ranks]
-    ranks, layers = [rank for rank, _ in built], [layer for _, layer in built]
+    ranks = [rank for rank, _ in built]
+    layers: list[nn.Module] = [layer for _, layer in built]
     layers.append(nn.Linear(into, out, False, **place))
     token = torch.zeros(1, into, **place)
     times: list[list[float]] = [[] for _ in layers]
@@ -269,6 +270,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
     Returns:
         An edit for every matrix that is cut.
     """
+    weighting: Any = {"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method)
     return tuple(
         Edit(
             matrix=part.name,
@@ -278,7 +280,7 @@ def edits_of(units: Sequence[Unit], ranks: Mapping[str, int], settings: Compress
             rho=min(rank, part.rank) / part.rank,
             rank=min(rank, part.rank),
             kind=settings.method if settings.method in STRUCTURES else "low_rank",
-            weighting={"svd": "none", **dict.fromkeys(STRUCTURES, "double")}.get(settings.method, settings.method),
+            weighting=weighting,
             stack=part.stack,
         )
         for unit in units
@@ -334,7 +336,7 @@ def told(unit: Unit, rank: int) -> dict[str, Any]:
     return {"rank": width, "of": whole, "ranks": ranks}
 
 
-def of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+def of_parts(units: Sequence[Unit], factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """Divide the factors of joined experts among their parts, which go on sharing `Vh`.
 
     Args:
@@ -344,20 +346,20 @@ def of_parts(units: Sequence[Unit], factors: Mapping[str, Spectrum]) -> dict[str
     Returns:
         By the name of each matrix in the model's list.
     """
-    found = {}
+    found: dict[str, Factors] = {}
     for unit in units:
         for matrix, parts in zip(unit.matrices, unit.parts):
-            if matrix.name in factors and parts == (matrix,):
-                found[matrix.name] = factors[matrix.name]
-            elif matrix.name in factors:
-                spectrum = factors[matrix.name]
+            spectrum = factors.get(matrix.name)
+            if spectrum is not None and parts == (matrix,):
+                found[matrix.name] = spectrum
+            elif isinstance(spectrum, Spectrum):
                 for part in parts:
                     found[part.name] = replace(spectrum, U=spectrum.U[rows_of(part).to(spectrum.U.device)])
     return found
 
 
 @contextmanager
-def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
+def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[dict[str, Tensor]]:
     """Give a model its weights back on leaving, to the bit.
 
     Args:
@@ -365,11 +367,11 @@ def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[None]:
         matrices: Those that may be.
 
     Yields:
-        Nothing.
+        Copies of the weights, by the matrix's name.
     """
-    originals = [(matrix, read(model, matrix)) for matrix in matrices]
+    originals = {matrix.name: read(model, matrix) for matrix in matrices}
     try:
-        yield
+        yield originals
     finally:
-        for matrix, weight in originals:
-            write(model, matrix, weight)
+        for matrix in matrices:
+            write(model, matrix, originals[matrix.name])

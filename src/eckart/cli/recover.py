@@ -38,7 +38,9 @@ def recover(
     loss: Annotated[str | None, typer.Option(help="lm, kl (from the teacher) or both.  [default: both]")] = None,
     lm_weight: Annotated[float | None, typer.Option(help="Weight of lm in both.  [default: 0.2]")] = None,
     init: Annotated[str | None, typer.Option(help="zero, residual or output-residual.  [default: zero]")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of --init, --method lora and repair.  [default: 8]")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of --init, lora and repair (best multiples of 16).  [default: 8]")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Of the weights that repair rounds: 8, 4, 2.  [default: 4]")] = None,
     adapter: Annotated[bool | None, typer.Option(help="Leave LoRA as a PEFT adapter beside the model.")] = None,
     refine: Annotated[int | None, typer.Option(help="Passes over the text block by block first.  [default: 0]")] = None,

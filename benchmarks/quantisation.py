@@ -159,7 +159,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        before, proto = None, None
+        before: Any = None
+        proto: Any = None
+        facts: dict[str, Any] = {}
         for side in sides(options):
             if side.model is not before:
                 before, state = side.model, cache_shapes(side.model)

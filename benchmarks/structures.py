@@ -41,12 +41,17 @@ def sides_of(shape: tuple[int, int], share: float, where: dict[str, Any]) -> dic
         layer = MonarchLinear(into, out, grid, width // grid, False, **where)
         sides[f"monarch, grid {grid}"] = layer
     for storage in STORAGES:
-        for rank in range(width, 0, -1):
-            count = nonzeros_for(shape, rank, SPARSE, storage)
-            product = rank * (out + into - (rank if storage == "pivoted" else 0))
-            if product + 2 * count + out + 1 <= most:
-                break
-        layer = SparseLinear(make_layer(storage, shape, rank, where), count)
+        taken = {
+            rank: rank * (out + into - (rank if storage == "pivoted" else 0))
+            + 2 * nonzeros_for(shape, rank, SPARSE, storage)
+            + out
+            + 1
+            for rank in range(1, min(shape))
+        }
+        rank = max(rank for rank, numbers in taken.items() if numbers <= most)
+        count = nonzeros_for(shape, rank, SPARSE, storage)
+        low: Any = make_layer(storage, shape, rank, where)
+        layer = SparseLinear(low, count)
         places = torch.randperm(out * into)[:count].sort().values
         layer.columns.copy_(places % into)
         layer.starts.copy_(torch.searchsorted(places // into, torch.arange(out + 1)))

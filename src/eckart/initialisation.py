@@ -177,7 +177,8 @@ def _initialised(layer: Any, weight: Tensor, rank: int, moments: Tensor | None) 
         # What the others carry cannot be made up for by a layer that does not read them.
         columns = layer.columns
         moments = None if moments is None else moments[columns][:, columns]
-        return SelectedLinear(_initialised(layer.inner, weight[:, columns], rank, moments), columns, layer.in_features)
+        inner: Any = _initialised(layer.inner, weight[:, columns], rank, moments)
+        return SelectedLinear(inner, columns, layer.in_features)
     if isinstance(layer, FactoredExperts):
         stack = weight.mT if layer.transposed else weight
         now = layer.dense().mT if layer.transposed else layer.dense()

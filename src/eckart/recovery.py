@@ -275,8 +275,9 @@ def _started(job: Job, given: dict[str, PivotedLinear]) -> dict[str, NDArray[np.
     settings, model, teacher = job.settings, job.model, job.teacher
     stacks = stacks_of(model) if settings.refine else []
     kept = read_state(job, START)
+    losses: dict[str, NDArray[np.float64]] = {}
     if kept is None:
-        losses = {"before": job.losses(model, job.windows.test)}
+        losses["before"] = job.losses(model, job.windows.test)
         if teacher is not None:
             losses["teacher"] = job.losses(teacher, job.windows.test)
     if settings.method == "factors":

@@ -273,7 +273,13 @@ def table() -> None:
                     + " | ".join([value] * len(ratios))
                     + f" | {row['outside']['value']:.0f} | |"
                 )
-        ways = dict.fromkeys((r["method"], r["allocate"], r["storage"]) for r in rows if "storage" in r)
+        order = [(method, how, storage) for method, hows, storages in WAYS[:-1] for how in hows for storage in storages]
+        order += [("double", how, "pivoted") for how in MORE]
+        ways = {(r["method"], r["allocate"], r["storage"]) for r in rows if "storage" in r}
+        default = ("propagated", "auto", "pivoted, default")
+        ways = sorted(
+            ways, key=lambda way: (way == default, way not in order, order.index(way) if way in order else way)
+        )
         for way in ways:
             cells, seconds, outside = [], [], ""
             for ratio in ratios:

@@ -83,10 +83,8 @@ def run(shared: Path, ratios: list[float], only: str | None) -> None:
                 continue
             settings = base.model_copy(update=key | {"neurons": allocate == "auto"})
             units, _ = find_units(model, find_matrices(model), settings)
-            steps = Steps(
-                model, tokenizer, settings, windows, units, work.setdefault(method, Spill(None)), lambda _: None,
-                pooling=pooling,
-            )  # fmt: skip
+            held = work.setdefault(f"{method} {allocate}", Spill(None))
+            steps = Steps(model, tokenizer, settings, windows, units, held, lambda _: None, pooling=pooling)
             start = time.process_time()
             with evaluating(model):
                 curves = steps.curves()

@@ -331,7 +331,6 @@ def test_an_adapter_larger_than_the_weights_says_so(tiny_llama_folder, tmp_path,
     ("options", "words"),
     [
         (["--to", "tflite"], "tflite"),
-        (["--to", "pte"], "ExecuTorch"),
         (["--to", "onnx", "--quantize", "int3"], "int3"),
         (["--to", "dense", "--quantize", "int8"], "Only onnx"),
         (["--to", "peft"], "takes a plan"),

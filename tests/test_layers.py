@@ -29,7 +29,7 @@ LAYERS = [
     {"skeleton"},
     {"shards"},
     {"spectra", "inspection_report", "unfreezing"},
-    {"peft_adapter", "exporting"},
+    {"pte", "peft_adapter", "exporting"},
     {"ledger", "spill"},
     {"race", "sensitivity", "controls", "training", "calibration"},
     {"propagation", "units", "structures", "elastic_folder"},

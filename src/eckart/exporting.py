@@ -1,6 +1,7 @@
-"""Models out of the house: one ONNX file for a device, a standard Hugging Face folder, a PEFT adapter.
+"""Models out of the house: one ONNX file or ExecuTorch program for a device, a Hugging Face folder, a PEFT adapter.
 
-Low-rank layers stay two products in ONNX, so that what was saved is saved there, too; other formats hold dense weights.
+Low-rank layers stay two products in the first two, so that what was saved is saved there, too; other formats hold
+dense weights.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from eckart.onnx_graph import Quantize, quantize_, tidy_
 from eckart.onnx_runner import FACTS, MODEL, SCHEMA_VERSION, Cache, OnnxModel, open_model, step
 from eckart.peft_adapter import export_adapter, put_on_
 from eckart.plan import read_plan
+from eckart.pte import CONTEXT, PROGRAM, READ, check_installed, replay, write_program
 from eckart.quantizer import sizes
 from eckart.results import Measurement, environment, mean, to_json, write_text
 from eckart.surgery import check_finite, weights_sha256
 
 OPSET = 23
 """The first with an operator for attention, which takes a tenth off the time of a token."""
-FORMATS = ("onnx", "dense", "peft", "gguf")
+FORMATS = ("onnx", "dense", "peft", "gguf", "pte")
 LARGEST_FILE = 2_000_000_000
 """Bytes that one protobuf message can hold, nearly; larger weights lie in a second file."""
 CHECKED_TOKENS = 24
@@ -44,7 +46,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export_onnx` wrote."""
+    """What `export_onnx` or `export_pte` wrote."""
 
     folder: Path
     quantize: Quantize
@@ -57,7 +59,7 @@ class Exported:
     difference: float
     """Largest difference of logits, relative to the largest logit."""
     checked_with: tuple[str, ...]
-    """What ran the file: onnxruntime, and onnxruntime-genai where it is installed."""
+    """What ran the file: onnxruntime, and onnxruntime-genai where it is installed; or executorch."""
 
 
 def export_onnx(
@@ -100,6 +102,47 @@ def export_onnx(
     return found
 
 
+def export_pte(model: nn.Module, tokenizer: Any, folder: str | Path, *, seed: int = 0) -> Exported:
+    """Write a causal language model as one ExecuTorch program with its keys and values inside.
+
+    Batch is 1 and the context the model's, but at most `pte.CONTEXT`. Before the program appears, ExecuTorch's runtime
+    continues two random prompts greedily with it, one after the other, and has to give what PyTorch gives.
+
+    Args:
+        model: On the CPU, in float32; low-rank layers stay as they are. Not modified.
+        tokenizer: Written beside it.
+        folder: Must not exist, or be empty. It appears whole or not at all, with `tokenizer.json`, `eckart.json` and
+            `SHA256SUMS`.
+        seed: Of the prompts.
+
+    Returns:
+        Where it is, its size, and how it was checked.
+
+    Raises:
+        ModelError: ExecuTorch is not installed or cannot express it, or the model has more state than keys and values.
+        OutputError: The folder cannot be written.
+    """
+    target = Path(folder)
+    check_empty(target)
+    check_installed()
+    state = cache_shapes(model, "pte")
+    context = min(context_length(model, tokenizer) or CONTEXT, CONTEXT)
+    with new_folder(target) as temporary:
+        with _quiet():
+            size = write_program(model, state, temporary / PROGRAM, context=context)
+        prompts, ids, logits = _continuations(model, context, seed)
+        found = replay(temporary / PROGRAM, prompts, ids)
+        agreement, difference = _compared(model, found, ids, logits, "pte")
+        tokenizer.save_pretrained(temporary)
+        names = {"inputs": ["input_ids", "cache_position"], "outputs": ["logits"]}
+        limits = {"context": context, "read": min(READ, context)}
+        checked = {"agreement": agreement, "difference": difference, "with": ["executorch"]}
+        facts = _facts(model, tokenizer, state, "none") | names | limits | {"bytes": size, "checked": checked}
+        write_text(temporary / FACTS, to_json(facts))
+        write_manifest(temporary)
+    return Exported(target, "none", size, _dense_bytes(model), agreement, difference, ("executorch",))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What `run_export` did."""
@@ -108,7 +151,8 @@ class Outcome:
     """For `--json`."""
     notes: tuple[str, ...] = ()
     """What should be known of it."""
-    onnx: Exported | None = None
+    checked: Exported | None = None
+    """Of `onnx` and `pte`."""
 
 
 def run_export(
@@ -127,12 +171,12 @@ def run_export(
     Args:
         source: Folder or hub id: dense, or factored by eckart.
         to: `onnx`, `dense` (a Hugging Face folder that plain transformers loads), `peft` (a plan as an adapter over the
-            model), or `gguf` (the dense folder that llama.cpp's converter reads).
+            model), `gguf` (the dense folder that llama.cpp's converter reads), or `pte` (an ExecuTorch program).
         out: New or empty folder; it appears whole or not at all.
         quantize: Of `onnx`: `none`, `int8`, `int4` or `int2`.
         plan_path: Of `peft`: the plan's file, or the folder of a run.
         adapter: Folder of a LoRA adapter of PEFT on this model: beside the weights in `onnx`, added to them elsewhere.
-        seed: Of the prompts that `onnx` is checked with.
+        seed: Of the prompts that `onnx` and `pte` are checked with.
         force: Accept a plan made for other weights.
 
     Returns:
@@ -142,11 +186,6 @@ def run_export(
         RecipeError: A format or combination that does not exist.
         EckartError: The model cannot be loaded or exported.
     """
-    if to == "pte":
-        raise RecipeError(
-            "--to pte is not supported: ExecuTorch fixes batch and length, and brings packages that eckart's other "
-            f"users would have to install. Formats are {', '.join(FORMATS)}. Use onnx, which keeps the factors."
-        )
     if to not in FORMATS or quantize not in get_args(Quantize):
         raise RecipeError(
             f"--to {to} --quantize {quantize} is unknown. Formats are {', '.join(FORMATS)}; weights are "
@@ -162,7 +201,14 @@ def run_export(
             "--to peft was given with --adapter. It writes an adapter of a plan; one that exists needs no export. "
             "Leave --adapter out, or choose another format."
         )
+    if adapter is not None and to == "pte":
+        raise RecipeError(
+            "--to pte was given with --adapter. A program holds a model without adapters. "
+            "Add it to the weights first with --to dense, or use --to onnx."
+        )
     check_empty(out)
+    if to == "pte":
+        check_installed()
     if to == "peft":
         assert plan_path is not None
         plan = read_plan(plan_path)
@@ -174,12 +220,15 @@ def run_export(
         names = ("ranks", "numbers", "dense_numbers", "difference", "pointless")
         facts = {name: getattr(written, name) for name in names}
         return Outcome({"to": to, "out": out, **facts}, notes if written.pointless else ())
-    model = load_model(source, device="cpu", dtype="float32" if to == "onnx" else "stored")
+    model = load_model(source, device="cpu", dtype="float32" if to in ("onnx", "pte") else "stored")
     check_finite(model)
     adapted = None if adapter is None else put_on_(model, adapter)
     if to == "onnx":
         onnx = export_onnx(model, load_tokenizer(source), out, quantize=quantize, seed=seed)  # pyright: ignore[reportArgumentType]
-        return Outcome({"to": to, "out": out, **vars(onnx)}, onnx=onnx)
+        return Outcome({"to": to, "out": out, **vars(onnx)}, checked=onnx)
+    if to == "pte":
+        program = export_pte(model, load_tokenizer(source), out, seed=seed)
+        return Outcome({"to": to, "out": out, **vars(program)}, checked=program)
     if adapted is not None:
         model = adapted.merge_and_unload()
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
@@ -198,11 +247,12 @@ def run_export(
     return Outcome({"to": to, "out": out, "dequantized": factored, "notes": notes}, notes)
 
 
-def cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def cache_shapes(model: nn.Module, to: str = "ONNX") -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Find out what a causal model keeps of the tokens it has read.
 
     Args:
         model: Any transformers model. Not modified.
+        to: The format, for the error.
 
     Returns:
         For each layer the heads and features of keys, and those of values.
@@ -227,7 +277,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int
         except (AttributeError, TypeError, ValueError) as error:
             problem = f"it keeps no keys and values ({str(error).splitlines()[0]})"
     raise ModelError(
-        f"{type(model).__name__} cannot be exported to ONNX: {problem}. Exported is a causal language model whose "
+        f"{type(model).__name__} cannot be exported to {to}: {problem}. Exported is a causal language model whose "
         "state is one tensor of keys and one of values a layer. Use --to dense for others."
     )
 
@@ -308,16 +358,15 @@ def _graph(model: nn.Module, state: Sequence[Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter from printing; it warns of packages that are not there and of names of its own."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the exporters from printing; they warn of packages that are not there and of names of its own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        logging.disable(before)
 
 
 def _adapter_weights(model: nn.Module) -> list[Tensor]:
@@ -414,30 +463,46 @@ def _genai(model: Any, tokenizer: Any, state: Sequence[Any], facts: dict[str, An
 def _check(model: Any, written: Path, target: Path, size: int, quantize: Quantize, seed: int) -> Exported:
     """Compare what a file says with what the model says."""
     exported = open_model(written, threads=1)
-    context = exported.facts.context or 64
+    prompts, ids, logits = _continuations(model, exported.facts.context or 64, seed)
+    found = _replayed(exported, prompts.numpy(), ids)
+    agreement, difference = _compared(model, found, ids, logits, "ONNX", exact=quantize == "none")
+    runners = ["onnxruntime"]
+    if _genai_agrees(written, prompts.numpy(), exported, ids.shape[1]):
+        runners.append("onnxruntime-genai")
+    return Exported(target, quantize, size, _dense_bytes(model), agreement, difference, tuple(runners))
+
+
+def _dense_bytes(model: Any) -> int:
+    """What the weights would take densely in float32."""
+    return 4 * (sizes(model)[1].parameters - sum(weight.numel() for weight in _adapter_weights(model)))
+
+
+def _continuations(model: Any, context: int, seed: int) -> tuple[Tensor, Any, Any]:
+    """Two random prompts, how PyTorch continues them greedily, and its logits."""
     length = max(1, min(8, context // 2))
     steps = max(1, min(CHECKED_TOKENS, context - length))
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = torch.randint(vocabulary, (2, length), generator=generator)
-    ids, logits = _greedy(model, prompts, steps)
-    found = _replayed(exported, prompts.numpy(), ids)
+    prompts = torch.randint(model.config.get_text_config().vocab_size, (2, length), generator=generator)
+    return prompts, *_greedy(model, prompts, steps)
+
+
+def _compared(
+    model: Any, found: Any, ids: Any, logits: Any, to: str, *, exact: bool = True
+) -> tuple[Measurement, float]:
+    """Agreement and difference of a file's logits; where it holds the very weights, they have to be the model's."""
     difference = float(np.abs(found - logits).max() / np.abs(logits).max())
     same = found.argmax(-1) == ids
     # A tie within rounding is no difference.
     chosen, best = (np.take_along_axis(logits, i[..., None], -1)[..., 0] for i in (found.argmax(-1), ids))
-    if quantize == "none" and (difference > TOLERANCE or (best - chosen > TOLERANCE * np.abs(logits).max()).any()):
+    # Not a number is no agreement.
+    close = difference <= TOLERANCE and (best - chosen <= TOLERANCE * np.abs(logits).max()).all()
+    if exact and not close:
         raise ModelError(
-            f"The ONNX file of {type(model).__name__} differs from the model: its logits by {difference:.2g} of the "
+            f"The {to} file of {type(model).__name__} differs from the model: its logits by {difference:.2g} of the "
             f"largest, {int((~same).sum())} of {same.size} greedy tokens. It may differ by {TOLERANCE} at most. "
-            "Nothing was written; use --to dense, or another version of torch or onnxruntime."
+            "Nothing was written; use --to dense, or another version of torch or of what runs the file."
         )
-    runners = ["onnxruntime"]
-    if _genai_agrees(written, prompts.numpy(), exported, steps):
-        runners.append("onnxruntime-genai")
-    dense = 4 * (sizes(model)[1].parameters - sum(weight.numel() for weight in _adapter_weights(model)))
-    agreement = mean(same.reshape(-1), "fraction")
-    return Exported(target, quantize, size, dense, agreement, difference, tuple(runners))
+    return mean(same.reshape(-1), "fraction"), difference
 
 
 def _greedy(model: Any, prompts: Tensor, steps: int) -> tuple[Any, Any]:

@@ -30,22 +30,23 @@ def export(
         from eckart.exporting import run_export
         from eckart.results import to_json
 
-        errors.print("Exporting; for onnx this takes from half a minute to a few.")
+        errors.print("Exporting; for onnx and pte this takes from half a minute to a few.")
         options: dict[str, Any] = {"quantize": quantize, "plan_path": plan, "adapter": adapter}
         found = run_export(model, to, out, **options, seed=seed or 0, force=force)
         if json:
             sys.stdout.write(to_json(found.facts))
         else:
             output.print(f"Wrote {safe(str(out))}.", soft_wrap=True)
-            if found.onnx is not None:
-                one = found.onnx
+            if found.checked is not None:
+                one = found.checked
                 output.print(
                     f"The model takes {one.bytes:,} bytes; dense in float32 it would take {one.dense_bytes:,} "
                     f"({100 * one.bytes / one.dense_bytes:.1f} %).\n"
                     f"Greedy tokens as in PyTorch: {number(one.agreement)} of {one.agreement.count}; logits differ by "
-                    f"{one.difference:.2g} of the largest ({', '.join(one.checked_with)}).\n"
-                    f"Try it: eckart run {safe(str(out))} --prompt '…'",
+                    f"{one.difference:.2g} of the largest ({', '.join(one.checked_with)}).",
                     soft_wrap=True,
                 )
+            if to == "onnx":
+                output.print(f"Try it: eckart run {safe(str(out))} --prompt '…'", soft_wrap=True)
         for note in found.notes:
             errors.print(f"[yellow]note:[/] {safe(note)}", soft_wrap=True)

@@ -26,7 +26,7 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import STATISTICS_BYTES, Steps, ranks_of
+from eckart.compression import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write
@@ -241,12 +241,14 @@ def block_of_7b() -> dict:
         power = float(np.log2(large / small)) if part == "decompositions" else 2.0
         found[part] = {"seconds": parts[part], "power": power, "extrapolated": large * 4**power}
     numbers = sum(count * (out**2 + into**2) for count, out, into in matrices)
-    readings = BLOCKS * -(-8 * numbers // STATISTICS_BYTES)
+    # A model in float32 lets so many bytes of moments be held at once as it takes itself.
+    weights = sum(count * out * into for count, out, into in matrices)
+    readings = -(-8 * numbers // (4 * weights))
     found["readings again"] = {"extrapolated": (readings - 1) * 2 * found["passes"]["extrapolated"] / PASSES}
     return {
         **found,
         "extrapolated": sum(each["extrapolated"] for each in found.values()),
-        "weights": sum(count * out * into for count, out, into in matrices),
+        "weights": weights,
         # What is summed in float64 for all matrices of the block.
         "moments_bytes": 8 * numbers,
         "readings": readings,
@@ -271,7 +273,13 @@ def table() -> None:
                     + " | ".join([value] * len(ratios))
                     + f" | {row['outside']['value']:.0f} | |"
                 )
-        ways = dict.fromkeys((r["method"], r["allocate"], r["storage"]) for r in rows if "storage" in r)
+        order = [(method, how, storage) for method, hows, storages in WAYS[:-1] for how in hows for storage in storages]
+        order += [("double", how, "pivoted") for how in MORE]
+        ways = {(r["method"], r["allocate"], r["storage"]) for r in rows if "storage" in r}
+        default = ("propagated", "auto", "pivoted, default")
+        ways = sorted(
+            ways, key=lambda way: (way == default, way not in order, order.index(way) if way in order else way)
+        )
         for way in ways:
             cells, seconds, outside = [], [], ""
             for ratio in ratios:

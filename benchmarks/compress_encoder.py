@@ -35,8 +35,7 @@ WAYS = [
     ("whiten", "uniform"),
     ("double", "uniform"),
     ("propagated", "uniform"),
-    ("propagated", "auto"),
-    ("double", "auto"),
+    ("propagated", "auto"),  # the default of `eckart compress`, with neurons
 ]
 
 
@@ -82,12 +81,10 @@ def run(shared: Path, ratios: list[float], only: str | None) -> None:
             key = {"ratio": ratio, "method": method, "allocate": allocate}
             if has(**key) or (only is not None and f"{method} {allocate}" != only):
                 continue
-            settings = base.model_copy(update=key)
+            settings = base.model_copy(update=key | {"neurons": allocate == "auto"})
             units, _ = find_units(model, find_matrices(model), settings)
-            steps = Steps(
-                model, tokenizer, settings, windows, units, work.setdefault(method, Spill(None)), lambda _: None,
-                pooling=pooling,
-            )  # fmt: skip
+            held = work.setdefault(f"{method} {allocate}", Spill(None))
+            steps = Steps(model, tokenizer, settings, windows, units, held, lambda _: None, pooling=pooling)
             start = time.process_time()
             with evaluating(model):
                 curves = steps.curves()

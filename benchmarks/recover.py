@@ -38,8 +38,8 @@ from eckart.training import make_windows, window_losses
 RESULTS = Path(__file__).parent / "results"
 WINDOW, TEST_WINDOWS = 256, 128
 KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
-STEPS = {"stories260K": 400, "pebble-7m": 30}
-RATE = {"stories260K": 2e-3, "pebble-7m": 5e-4}
+STEPS = {"stories260K": 400, "pebble-7m": 120}
+RATE = {"stories260K": 2e-3, "pebble-7m": 1e-3}
 
 
 def edits_of(model: Any, budget: float | str, *, pivoted: bool = True) -> list[Edit]:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tiny_models as tiny
+from eckart import calibration
 from eckart.calibration import collect, each_expert, read_windows
 from eckart.dataflow import example_inputs, execution_order
 from eckart.errors import TaskError
@@ -163,3 +164,17 @@ def test_what_a_block_lacks_is_seen_by_the_weight_that_adds_to_its_output():
     best = torch.linalg.lstsq(y.double(), (lacking + y @ read(model, down).T).double()).solution.T
     target = found.drift + read(model, down).double() @ found.after
     torch.testing.assert_close(torch.linalg.solve(found.after, target.T).T, best, atol=1e-2, rtol=1e-2)
+
+
+def test_moments_that_do_not_fit_together_are_read_one_after_the_other(monkeypatch):
+    model = tiny.build("llama")
+    matrices = find_matrices(model)
+    assert list(calibration.readings(model, matrices, lambda matrix: [matrix])) == [list(matrices)]
+    monkeypatch.setattr(calibration, "STATISTICS_BYTES", 0)
+    limit = sum(parameter.nbytes for parameter in model.parameters())
+    parts = list(calibration.readings(model, matrices, lambda matrix: [matrix]))
+    assert [matrix for part in parts for matrix in part] == list(matrices)
+    assert len(parts) > 1
+    for part, following in zip(parts, [*parts[1:], []]):
+        assert calibration.moments_bytes(part) <= limit or len(part) == 1
+        assert not following or calibration.moments_bytes([*part, following[0]]) > limit

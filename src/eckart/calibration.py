@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from eckart.prefix import run_block
 from eckart.scoring import only_positions
 from eckart.tasks import Task
 
+T = TypeVar("T")
+STATISTICS_BYTES = 2**31
+"""Moments that are always held at once, however small the model."""
 Place = tuple[str, int | None]
 """A parameter's name, and the expert in it."""
 Seen = Callable[[Place, Tensor, Tensor], Tensor | None]
@@ -245,6 +248,45 @@ class Collector:
             gradients = gradients[rows][:, rows] / sums.tokens
             fisher = fisher[rows] / sums.tokens
         return Moments(sums.tokens, shared.inputs / shared.tokens, shared.magnitude / shared.tokens, gradients, fisher)
+
+
+def moments_bytes(matrices: Sequence[Matrix]) -> int:
+    """Tell what the moments of some matrices take.
+
+    Args:
+        matrices: Which.
+
+    Returns:
+        Bytes, as if no two of them read the same.
+    """
+    return sum(8 * (out**2 + into**2) for out, into in (matrix.shape for matrix in matrices))
+
+
+def readings(model: nn.Module, items: Sequence[T], matrices_of: Callable[[T], Sequence[Matrix]]) -> Iterator[list[T]]:
+    """Divide work into parts whose moments are held together; the text is read once for each part.
+
+    They take at most as much as the model itself, or 2 GiB if that is more.
+
+    Args:
+        model: Not modified.
+        items: In order.
+        matrices_of: What one of them needs the moments of.
+
+    Yields:
+        Items that follow each other; one alone may take more.
+    """
+    limit = max(STATISTICS_BYTES, sum(parameter.nbytes for parameter in model.parameters()))
+    part: list[T] = []
+    held = 0
+    for item in items:
+        size = moments_bytes(matrices_of(item))
+        if part and held + size > limit:
+            yield part
+            part, held = [], 0
+        part.append(item)
+        held += size
+    if part:
+        yield part
 
 
 def collect(

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from eckart import allocate, neurons
 from eckart.allocate import Choice, Curve
-from eckart.calibration import Moments, collect, each_expert, loss_gradients, mixed, read_windows
+from eckart.calibration import (
+    STATISTICS_BYTES,
+    Moments,
+    collect,
+    each_expert,
+    loss_gradients,
+    mixed,
+    moments_bytes,
+    read_windows,
+    readings,
+)
 from eckart.dataflow import evaluating, example_inputs, execution_order
 from eckart.elastic import ElasticConfig, size_at
 from eckart.elastic_folder import describe, make_elastic_, ratios_of, trimmed, with_allocation
@@ -69,8 +79,6 @@ from eckart.weighting import (
 Report = Callable[["Progress"], None]
 WINDOW = 256
 """Tokens of a window, unless told otherwise."""
-STATISTICS_BYTES = 2**31
-"""Most bytes of moments held at once; the text is read again for what does not fit."""
 AUTO = ("uniform", "tail", "measured")
 """Allocations that are compared unless one is asked for."""
 MEASURED_AT = (1.0, 0.5)
@@ -387,7 +395,7 @@ def forecast(
     shapes = [matrix.shape for unit in units for matrix in unit.matrices]
     weights = sum(parameter.nbytes for parameter in model.parameters())
     hidden = sum(windows.tokens) * max(into for _, into in shapes) * 4
-    moments = min(STATISTICS_BYTES, sum(8 * (out**2 + into**2) for out, into in shapes))
+    held = min(max(STATISTICS_BYTES, weights), moments_bytes([matrix for unit in units for matrix in unit.matrices]))
     largest = max(out**2 + into**2 for out, into in shapes)
     return {
         "budget": {"unit": settings.unit, "allowed": budget, "dense": sum(float(curve.costs[-1]) for curve in curves)},
@@ -401,7 +409,7 @@ def forecast(
             + (3 + rounds) * a_few
             + (1 + rounds) * cutting
         ),
-        "bytes": int(weights + moments + 8 * 8 * largest + 2 * hidden),
+        "bytes": int(weights + held + 8 * 8 * largest + 2 * hidden),
     }
 
 
@@ -459,7 +467,7 @@ class Steps:
     def curves(self) -> list[Curve]:
         """Decompose every matrix in its metric; give cost and error at every allowed rank."""
         missing = [unit for unit in self.units if self.work.tensors(unit.name) is None]
-        for group in _groups(missing):
+        for group in readings(self.model, missing, lambda unit: unit.matrices):
             self.tell(Progress("reading", len(self.units) - len(missing), len(self.units)))
             matrices = [matrix for unit in group for matrix in unit.matrices]
             moments: dict[str, Moments] = {}
@@ -710,7 +718,7 @@ class Steps:
     def slopes(self) -> dict[str, NDArray[np.float64]]:
         """The change of the text's loss by removing each component, to the first order."""
         found = {}
-        for group in _groups(self.units):
+        for group in readings(self.model, self.units, lambda unit: unit.matrices):
             matrices = [matrix for unit in group for matrix in unit.matrices]
             gradients = loss_gradients(self.model, self.windows, {matrix.parameter for matrix in matrices})
             for unit in group:
@@ -1054,21 +1062,6 @@ class _Product:
         if self.columns is not None:
             down = down.new_zeros(len(down), self.shape[1]).index_copy(1, self.columns.to(down.device), down)
         return up, down
-
-
-def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    """Divide units, in order, into runs whose moments fit into memory together."""
-    group: list[Unit] = []
-    held = 0
-    for unit in units:
-        size = sum(8 * (matrix.shape[0] ** 2 + matrix.shape[1] ** 2) for matrix in unit.matrices)
-        if group and held + size > STATISTICS_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(unit)
-        held += size
-    if group:
-        yield group
 
 
 def _first(windows: Encoded, count: int) -> Encoded:

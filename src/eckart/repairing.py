@@ -8,7 +8,7 @@ metric of both, as `eckart.weighting` has it; `up` is B and `down` A'.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from eckart.calibration import Moments, collect, each_expert, encode_windows
+from eckart.calibration import Moments, collect, each_expert, encode_windows, readings
 from eckart.dataflow import evaluating, low_rank_layers
 from eckart.encoding import context_length, model_kind
 from eckart.errors import ModelError, TaskError
@@ -37,8 +37,6 @@ from eckart.weighting import Root, decompose_weighted, square_root
 
 OUTPUT_SHRINKAGE = 0.1
 """Share of the identity in the metric of the outputs, whose gradients are drawn."""
-STATISTICS_BYTES = 2**31
-"""Most that the moments of one reading of the text take."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +300,8 @@ def _spill_repaired(
     head = output_embeddings(model)
     ends = [matrix for matrix in missing if model.get_submodule(matrix.name) is head]
     inner = [matrix for matrix in missing if matrix not in ends]
-    for group, gradients in [*((group, True) for group in _groups(inner)), *(([end], False) for end in ends)]:
+    groups = readings(model, inner, lambda matrix: [matrix])
+    for group, gradients in [*((group, True) for group in groups), *(([end], False) for end in ends)]:
         tell(Progress("reading", done, len(linear)))
         with each_expert(model):
             moments = collect(model, encoded, group, gradients=gradients, seed=settings.seed)
@@ -322,21 +321,6 @@ def _kept(work: Spill, matrix: Matrix) -> dict[str, Tensor]:
     found = work.tensors(matrix.name)
     assert found is not None
     return found
-
-
-def _groups(linear: Sequence[Matrix]) -> Iterator[list[Matrix]]:
-    """Divide weights, in order, into runs whose moments fit into memory together."""
-    group: list[Matrix] = []
-    held = 0
-    for matrix in linear:
-        size = 8 * (matrix.shape[0] ** 2 + matrix.shape[1] ** 2)
-        if group and held + size > STATISTICS_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(matrix)
-        held += size
-    if group:
-        yield group
 
 
 def _round_(model: Any, linear: Sequence[Matrix], bits: int, stored: torch.dtype) -> int:

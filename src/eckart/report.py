@@ -262,6 +262,7 @@ def _compress_page(results: Json) -> Json:
         "rows": rows,
         "elastic": results.get("elastic"),
         "allocations": results["allocations"],
+        "rounds": results.get("rounds", []),
         "unit": results["allocations"][0]["divergence"]["unit"],
         "read": "windows" if "windows" in results["calibration"] else "sentences",
         "types": types,

@@ -22,4 +22,7 @@ from eckart.cli.program import app
 def main() -> None:
     """Run the command line (the `eckart` program)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # torchao, where it is installed, tells on import which of its kernels this machine has none for.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()

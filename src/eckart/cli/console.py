@@ -44,9 +44,6 @@ def reported(debug: bool, resume: bool = False, transformers: bool = True) -> It
 
 def silence_transformers() -> None:
     """Keep transformers, what it imports, and the hub client from printing."""
-    # torchao, where it is installed, tells which of its kernels this machine has none for.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -83,7 +83,8 @@ def write_program(model: nn.Module, state: Sequence[Any], path: Path, *, context
         reason = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
         raise ModelError(
             f"{type(model).__name__} cannot be expressed in ExecuTorch by torch {torch.__version__}: "
-            f"{reason.rstrip('.')}. Its operations all need a counterpart there. Use --to onnx or dense, or another version of executorch."
+            f"{reason.rstrip('.')}. Its operations all need a counterpart there. "
+            "Use --to onnx or dense, or another version of executorch."
         ) from error
     path.write_bytes(content)
     return len(content)

@@ -48,7 +48,7 @@ OPTIONS = {
     },
     "compress": COMMON | {
         "model", "--out", "--calibration", "--ratio", "--bytes", "--latency", "--method", "--allocate", "--storage",
-        "--elastic", "--no-elastic",
+        "--elastic", "--no-elastic", "--neurons", "--no-neurons", "--sparse",
         "--floor", "--multiple", "--measure", "--task", "--task-weight", "--types", "--window", "--windows",
         "--batch-tokens", "--dry-run", "--json", "--recipe", "--seed",
     },

@@ -23,7 +23,7 @@ import eckart
 from eckart import allocate, neurons
 from eckart.allocate import Curve
 from eckart.calibration import collect, each_expert, read_windows
-from eckart.compression import Steps
+from eckart.compression import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read
@@ -221,7 +221,7 @@ def perplexities(model, tokenizer, calibration, inside, keys, add):
         with evaluating(model), each_expert(model):
             curves = steps.curves()
             chosen, choice, divergence = steps.choose(curves, steps.budget(curves))
-            ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+            ranks = ranks_of(curves, choice)
             factors = steps.factors(ranks)
         seconds = time.process_time() - start
         small = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Things that go wrong in a worker, as part of its model. Light to import, since workers import it."""
+"""Things that go wrong, in a worker as part of its model, and to a computation. Light, since workers import it."""
 
 import os
 import signal
@@ -62,3 +62,25 @@ def _refuse() -> None:
 
 def _sleep() -> None:
     time.sleep(600)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_again_and_again(work, steps):
+    """Give what `work(progress)` gives in the end, and how often it was killed: after so many steps, then twice, …"""
+    kills = 0
+    while True:
+        left = steps * (kills + 1)
+
+        def stop(_):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        try:
+            return work(stop), kills
+        except Killed:
+            kills += 1

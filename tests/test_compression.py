@@ -21,6 +21,7 @@ from eckart.spill import Spill
 from eckart.surgery import apply_, weights_sha256
 from eckart.tasks import Example, make_task
 from eckart.units import find_units, restored, seconds_of
+from faults import killed_again_and_again
 from nursery import Nursery
 
 METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated", "monarch", "lowrank+sparse"]
@@ -295,10 +296,6 @@ def test_a_budget_of_time_counts_measured_seconds():
     assert all(seconds > 0 for _, seconds in seconds_of((8, 6), settings(), torch.zeros(0)))
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_killed_compression_goes_on_and_ends_as_an_undisturbed_one(name, tmp_path):
     model = tiny.build(name)
@@ -308,21 +305,10 @@ def test_a_killed_compression_goes_on_and_ends_as_an_undisturbed_one(name, tmp_p
     compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "whole", progress=steps.append)
     stages = {step.stage for step in steps}
     assert stages >= {"reading", "decomposing", "measuring", "comparing allocations", "cutting"}
-    found, kills = None, 0
-    while found is None:
-        left = 8 * (kills + 1)
-
-        def stop(_):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-
-        try:
-            found = compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "killed", progress=stop)
-        except Killed:
-            kills += 1
-        assert kills < len(steps)
+    found, kills = killed_again_and_again(
+        lambda stop: compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "killed", progress=stop), 8
+    )
+    assert kills < len(steps)
     assert kills >= 2
     assert found.plan == expected.plan
     assert found.divergence == expected.divergence

@@ -32,6 +32,7 @@ from eckart.recipe import CompressSettings, make_settings
 from eckart.spill import Spill
 from eckart.tasks import Example, make_task
 from eckart.units import edits_of, find_units
+from faults import killed_again_and_again
 
 # Plain, transposed with biases, fused, fused and interleaved, experts, experts stored transposed.
 NAMES = ["llama", "gpt2", "phi3", "falcon_grouped", "mixtral", "gpt_oss"]
@@ -575,28 +576,13 @@ def test_curves_at_loading_are_those_of_the_compression(folders):
             )
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_elastic_compression_goes_on_and_ends_with_the_same_folder(tmp_path):
     model = tiny.build("llama")
     chosen = settings(elastic=True, allocate="auto")
     expected = compress(model, tiny.tokenizer(), text(), chosen)
-    found, kills = None, 0
-    while found is None:
-        left = 12 * (kills + 1)
-
-        def stop(_):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-
-        try:
-            found = compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "work", progress=stop)
-        except Killed:
-            kills += 1
+    found, kills = killed_again_and_again(
+        lambda stop: compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "work", progress=stop), 12
+    )
     assert kills >= 2
     assert found.divergence == expected.divergence
     for name, each in (("a", expected), ("b", found)):

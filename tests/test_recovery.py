@@ -34,19 +34,9 @@ from eckart.surgery import make_edit
 from eckart.tasks import Example, make_task
 from eckart.training import make_windows, planned_steps, rate_at, window_losses
 from nursery import Nursery
+from tiny_models import chain as text
 
 SMALL = {"window": 16, "batch": 4, "steps": 6, "lr": 5e-3, "evaluations": 3, "patience": None, "held_out": 0.15}
-
-
-def text(documents=24, words=40):
-    """Documents with something to learn: each word follows from the one before it."""
-    rows = []
-    for start in range(documents):
-        ids = [(start * 5) % 90]
-        for _ in range(words - 1):
-            ids.append((7 * ids[-1] + 3) % 90)
-        rows.append(" ".join(f"w{5 + i}" for i in ids))
-    return make_task("chain", [Example(row, None) for row in rows])
 
 
 def compressed(name="llama", rho=0.5, types=("fc_in", "fc_up", "fc_out", "q_proj"), storage=None):

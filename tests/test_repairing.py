@@ -28,6 +28,7 @@ from eckart.surgery import make_edit
 from eckart.tasks import Example, make_task
 from eckart.training import make_windows, window_losses
 from eckart.weighting import diagonal_root, square_root
+from tiny_models import chain as text
 
 pytest.importorskip("onnxruntime", reason="needs pip install 'eckart[export]'")
 peft = pytest.importorskip("peft", reason="needs pip install 'eckart[recover]'")
@@ -37,17 +38,6 @@ SMALL = {"method": "repair", "window": 16, "held_out": 0.15, "rank": 4}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:fan_in_fan_out:UserWarning"
 )
-
-
-def text(documents=24, words=40):
-    """Documents with something to learn: each word follows from the one before it."""
-    rows = []
-    for start in range(documents):
-        ids = [(start * 5) % 90]
-        for _ in range(words - 1):
-            ids.append((7 * ids[-1] + 3) % 90)
-        rows.append(" ".join(f"w{5 + i}" for i in ids))
-    return make_task("chain", [Example(row, None) for row in rows])
 
 
 def metric(size, seed, *, samples=200, dead=0):

@@ -28,6 +28,7 @@ from eckart.sparse import SparseLinear
 from eckart.surgery import apply_
 from eckart.tasks import Example, make_task
 from eckart.units import seconds_of
+from faults import killed_again_and_again
 
 METHODS = ["monarch", "lowrank+sparse"]
 LAYERS = {"monarch": MonarchLinear, "lowrank+sparse": SparseLinear}
@@ -197,28 +198,13 @@ def test_a_scan_of_the_files_reads_the_weight_that_is_stood_for(name, method, tm
         torch.testing.assert_close(found[path], layers[path].dense())
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_compression_goes_on_and_ends_as_an_undisturbed_one(method, tmp_path):
     model, chosen = tiny.build("llama"), settings(method, allocate="auto")
     expected = compress(model, tiny.tokenizer(), text(), chosen)
-    found, kills = None, 0
-    while found is None:
-        left = 12 * (kills + 1)
-
-        def stop(_):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-
-        try:
-            found = compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "work", progress=stop)
-        except Killed:
-            kills += 1
+    found, kills = killed_again_and_again(
+        lambda stop: compress(model, tiny.tokenizer(), text(), chosen, spill=tmp_path / "work", progress=stop), 12
+    )
     assert kills >= 2
     assert found.plan == expected.plan
     assert found.divergence == expected.divergence

@@ -4,6 +4,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from eckart.tasks import Example, make_task
+
 VOCABULARY = 97
 
 _SIZES = {
@@ -202,3 +204,14 @@ def sentence(count: int, seed: int) -> str:
     """Give a sentence of that tokenizer's words."""
     generator = torch.Generator().manual_seed(seed)
     return " ".join(f"w{i}" for i in torch.randint(5, VOCABULARY, (count,), generator=generator).tolist())
+
+
+def chain(documents=24, words=40):
+    """Documents with something to learn: each word follows from the one before it."""
+    rows = []
+    for start in range(documents):
+        ids = [(start * 5) % 90]
+        for _ in range(words - 1):
+            ids.append((7 * ids[-1] + 3) % 90)
+        rows.append(" ".join(f"w{5 + i}" for i in ids))
+    return make_task("chain", [Example(row, None) for row in rows])

@@ -646,7 +646,7 @@ class Steps:
             }
         scales = [torch.stack([spectrum.S for spectrum in self.spectra(unit)]).cpu() for unit in self.units]
 
-        def ranks_of(config: ElasticConfig, ratio: float) -> dict[str, int]:
+        def ranks_at(config: ElasticConfig, ratio: float) -> dict[str, int]:
             ranks = size_at(config, scales, dtype=self.dtype, ratio=ratio).ranks
             return {unit.name: rank for unit, rank in zip(self.units, ranks)}
 
@@ -655,10 +655,10 @@ class Steps:
         tried: dict[str, Measurement] = {}
         for number, (name, ratio) in enumerate(itertools.product(ways, ratios)):
             self.tell(Progress("comparing allocations", number, len(ways) * len(ratios)))
-            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks_of(ways[name], ratio), reference)
+            tried[f"{name} at {ratio:g}"] = self._kept_divergence(ranks_at(ways[name], ratio), reference)
         logs = {name: sum(np.log(max(tried[f"{name} at {ratio:g}"].value, 1e-12)) for ratio in ratios) for name in ways}
         best = ways[min(logs, key=lambda name: (logs[name], name != "uniform"))]
-        cuts = {} if self.settings.method in AT_ONCE else {ratio: ranks_of(best, ratio) for ratio in ratios}
+        cuts = {} if self.settings.method in AT_ONCE else {ratio: ranks_at(best, ratio) for ratio in ratios}
         for ranks in cuts.values():
             self._propagated(ranks)
 
@@ -667,7 +667,7 @@ class Steps:
 
         held = trimmed(best, scales, self.dtype, {ratio: [*ranks.values()] for ratio, ranks in cuts.items()})
         made = partial(make_elastic_, config=held, units=self.units, scales=scales, spectra=spectra)
-        return held, made, ranks_of(held, held.ratio), tried
+        return held, made, ranks_at(held, held.ratio), tried
 
     def _ordered(self, unit: Unit, ranks: Mapping[str, int]) -> list[WeightedSpectrum]:
         """The components of a unit as `_propagated` cut it, with their singular values in them.

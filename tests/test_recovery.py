@@ -1,5 +1,6 @@
 """Recovery at unchanged size. Oracles: the same training written out, an undisturbed run, peft, the dense model."""
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import warnings
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import eckart
+import eckart.training as training_module
 import tiny_models as tiny
 from eckart.dataflow import low_rank_layers
 from eckart.errors import ModelError, OutputError, TaskError
@@ -347,13 +350,16 @@ def test_what_cannot_be_recovered_is_refused_before_anything_is_computed():
         recover(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL, init="residual"), teacher=tiny.build("gpt2"))
 
 
-def test_a_forecast_takes_no_step():
+def test_a_forecast_takes_no_step(monkeypatch):
+    ticks = itertools.count()  # a clock that moves a second each time it is read: a step takes one
+    monkeypatch.setattr(training_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     teacher, model = compressed()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
     found = forecast_recovery(model, tiny.tokenizer(), text(), RecoverSettings(**SMALL), teacher)
     assert found["steps"] == 6
-    assert found["seconds"] > 0
+    looks = (1 + SMALL["evaluations"]) * found["windows"]["held_out"] / SMALL["batch"] / 3
+    assert found["seconds"] == pytest.approx(6 + looks, abs=0.05)
     # A pivoted layer is trained as two whole factors.
     layers = low_rank_layers(model).values()
     assert found["factor_parameters"] == sum(layer.rank * (layer.in_features + layer.out_features) for layer in layers)

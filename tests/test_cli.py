@@ -54,7 +54,7 @@ OPTIONS = {
     },
     "recover": {
         "model", "--out", "--data", "--teacher", "--method", "--loss", "--lm-weight", "--init", "--rank", "--bits",
-        "--refine", "--steps", "--minutes", "--batch", "--batch-tokens", "--window", "--lr", "--schedule",
+        "--sampled", "--refine", "--steps", "--minutes", "--batch", "--batch-tokens", "--window", "--lr", "--schedule",
         "--precision", "--gradient-checkpointing", "--held-out", "--evaluations", "--patience", "--cache-bytes",
         "--adapter", "--no-adapter", "--device", "--dry-run", "--json", "--recipe", "--seed", "--debug",
     },

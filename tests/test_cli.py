@@ -41,7 +41,7 @@ OPTIONS = {
         "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
-    "apply": COMMON | {"model", "plan", "--out", "--ratio", "--bytes", "--dense", "--portable", "--force"},
+    "apply": COMMON | {"model", "plan", "--out", "--ratio", "--bytes", "--dense", "--portable", "--force", "--json"},
     "inspect": COMMON | ENCODING | {
         "model", "--out", "--checkpoints", "--dry-run", "--fast", "--layers", "--types", "--rho",
         "--task", "--text", "--tokens", "--top",

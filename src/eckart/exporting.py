@@ -21,7 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eckart.checkpoint import check_empty, load_model, load_tokenizer, new_folder, save, write_manifest
+from eckart.checkpoint import (
+    check_empty,
+    load_model,
+    load_tokenizer,
+    new_folder,
+    save,
+    sentence_files,
+    write_manifest,
+)
 from eckart.dataflow import low_rank_layers
 from eckart.encoding import context_length
 from eckart.errors import EckartError, ModelError, RecipeError
@@ -235,7 +243,7 @@ def run_export(
     factored = len(low_rank_layers(model))
     if factored:
         model.dequantize()
-    save(model, out, tokenizer)
+    save(model, out, tokenizer, files=sentence_files(source))
     notes = ()
     if to == "gguf":
         # The converter and its tables of tokenizers are no package; they come with llama.cpp.

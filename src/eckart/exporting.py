@@ -33,7 +33,7 @@ from eckart.checkpoint import (
 from eckart.dataflow import low_rank_layers
 from eckart.encoding import context_length
 from eckart.errors import EckartError, ModelError, RecipeError
-from eckart.onnx_graph import Quantize, quantize_, tidy_
+from eckart.onnx_graph import Quantize, quantize_, share_heads_, tidy_
 from eckart.onnx_runner import FACTS, MODEL, SCHEMA_VERSION, Cache, OnnxModel, open_model, step
 from eckart.peft_adapter import export_adapter, put_on_
 from eckart.plan import read_plan
@@ -355,6 +355,7 @@ def _graph(model: nn.Module, state: Sequence[Any]) -> Any:
             "Use --to dense, or another version of torch."
         ) from error
     tidy_(proto.graph)
+    share_heads_(proto.graph)
     for entry in (*proto.graph.input, *proto.graph.output):
         # The exporter's own names say nothing.
         lengths = {"input_ids": (1, "length"), "attention_mask": (1, "total"), "logits": (1, "length")}

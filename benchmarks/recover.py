@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/recover.py SHARED [PART …]
 
-SHARED holds models/ and text/; parts are `same`, `sampled`, `new`, `init`, `method`, `teacher`, `table` (all by default).
-Models start from what `eckart compress` makes of them by default (`compress`), or are cut to an equal share of every
-matrix by the closed form in the metric of outputs (`cut`; pivoted storage unless a part says otherwise), then trained.
-Text for training and for measuring are different files. Each case is kept in a JSON file beside this script when it is
-done, and is not measured again; `--keep DIR` also keeps what `compress` made, and a training that was killed goes on.
+SHARED holds models/ and text/; parts are `same`, `sampled`, `new`, `init`, `method`, `teacher` and `table`, by default
+all of them. Models start from what `eckart compress` makes of them by default (`compress`), or are cut to an equal
+share of every matrix by the closed form in the metric of outputs (`cut`; pivoted storage unless a part says
+otherwise), then trained. Text for training and for measuring are different files. Each case is kept in a JSON file
+beside this script when it is done, and is not measured again; `--keep DIR` also keeps what `compress` made, and a
+training that was killed goes on from there.
 """
 
 from __future__ import annotations

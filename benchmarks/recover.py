@@ -42,7 +42,9 @@ KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
 STEPS = {"stories260K": 400, "pebble-7m": 120}
 RATE = {"stories260K": 2e-3, "pebble-7m": 1e-3}
 SAMPLED: dict[tuple[str, float | str], dict[str, Any]] = {
-    ("stories260K", 0.8): {"sampled": 4096, "steps": 2400, "lr": 6e-3},
+    ("stories260K", 0.8): {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8},
+    ("stories260K", 0.5): {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8},
+    ("pebble-7m", 0.5): {"sampled": 256, "lm_weight": 0.5, "steps": 150, "lr": 2e-4},
 }
 """Settings of part `sampled`."""
 

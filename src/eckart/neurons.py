@@ -152,13 +152,12 @@ def prepare(
     for place, share in enumerate(WIDTHS):
         stays = stay(order, width_of(share, len(order)))
         for number, (weight, metric) in enumerate(zip(full[:last], metrics)):
-            rows = right.after(weight[stays])
-            metric = rows if metric is None else metric[stays][:, stays] @ rows
-            kept[f"squares.{place}.{number}"] = _eigenvalues(rows.T @ metric, min(rows.shape))
+            metric = None if metric is None else metric[stays][:, stays]
+            kept[f"squares.{place}.{number}"] = _squares(right.after(weight[stays]), metric)
         reads = columns[stays].flatten()
         root = square_root(moment[reads][:, reads])
         read = root.after(root.solve_after(weighted @ moment[:, reads]))
-        kept[f"squares.{place}.{last}"] = _eigenvalues(read @ read.T, min(read.shape))
+        kept[f"squares.{place}.{last}"] = _squares(read, None)
         lost.append(float((whole - read.square().sum()).clamp(min=0)))
     return kept | {"order": order, "lost": torch.tensor(lost, dtype=torch.float64)}
 
@@ -289,5 +288,12 @@ def width_of(share: float, neurons: int) -> int:
     return max(1, round(share * neurons))
 
 
-def _eigenvalues(moment: Tensor, count: int) -> Tensor:
-    return torch.linalg.eigvalsh(moment).flip(0).clamp(min=0)[:count]
+def _squares(weight: Tensor, metric: Tensor | None) -> Tensor:
+    """The squared singular values of a weight in the metric of its outputs, by the smaller of its Gram matrices."""
+    out, into = weight.shape
+    if metric is not None and out > into:
+        gram = weight.T @ (metric @ weight)
+    else:
+        weighted = weight if metric is None else square_root(metric).before(weight)
+        gram = weighted.T @ weighted if out > into else weighted @ weighted.T
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)

@@ -21,7 +21,7 @@ from eckart.experts import costs_at
 from eckart.factoring import Factors, obstacle
 from eckart.heads import turned
 from eckart.linear import STORAGES
-from eckart.matrices import Matrix, partition, read, rows_of, select, write
+from eckart.matrices import MLP_TYPES, Matrix, partition, read, rows_of, select, write
 from eckart.neurons import Cut
 from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
@@ -90,9 +90,9 @@ def find_units(
         MatrixError: Nothing is left.
     """
     blocked: dict[str, str] = {}
-    joints = {parts[0].name: (parts, "neurons", "MLP") for parts in _mlps(model, matrices, settings)}
-    joints |= {parts[0].name: (parts, "dimensions", "heads") for parts in _heads(model, matrices, settings)}
-    inside = {part.name for parts, *_ in joints.values() for part in parts[1:]}
+    joint = [*_mlps(model, matrices, settings), *_heads(model, matrices, settings)] if settings.removes_neurons else []
+    joints = {unit.matrices[0].name: unit for unit in joint}
+    inside = {matrix.name for unit in joint for matrix in unit.matrices[1:]}
     whole: dict[Place, list[Matrix]] = {}
     for matrix in partition(matrices):
         whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
@@ -108,10 +108,7 @@ def find_units(
         elif matrix.name in inside:
             continue
         elif matrix.name in joints:
-            parts, lost, kind = joints[matrix.name]
-            # Of attentions a block may have two.
-            name = f"{matrix.name if kind == 'heads' else f'{matrix.stack}.{matrix.layer}'} ({kind})"
-            units.append(Unit(name, parts, matrix.layer, matrix.stack, tuple((m,) for m in parts), lost))
+            units.append(joints[matrix.name])
         elif matrix.expert is None:
             units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
         elif matrix is siblings[0]:
@@ -133,21 +130,29 @@ def find_units(
     return units, blocked
 
 
-def _mlps(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[tuple[Matrix, ...]]:
+def _mlps(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[Unit]:
     """Find what can lose neurons: gate and up (or the one there is) and down of a block."""
-    if not settings.removes_neurons:
-        return []
-    blocks: dict[tuple[str, int | None], list[Matrix]] = {}
-    for matrix in select(partition(matrices), types=settings.types):
-        if matrix.expert is None and matrix.type in ("fc_in", "fc_up", "fc_out"):
-            blocks.setdefault((matrix.stack, matrix.layer), []).append(matrix)
     found = []
-    for block in blocks.values():
+    for block in _by_block(matrices, settings, MLP_TYPES):
         first, last = [m for m in block if m.type != "fc_out"], [m for m in block if m.type == "fc_out"]
         fits = len(last) == 1 and 1 <= len(first) <= 2 and all(m.shape[0] == last[0].shape[1] for m in first)
         if fits and all(obstacle(model, m.parameter) is None for m in block) and _by_neuron(model, first, last[0]):
-            found.append((*first, *last))
+            name = f"{last[0].stack}.{last[0].layer} (MLP)"
+            found.append(_joint(name, (*first, *last), "neurons"))
     return found
+
+
+def _by_block(matrices: Sequence[Matrix], settings: CompressSettings, types: Sequence[str]) -> list[list[Matrix]]:
+    """Group matrices of some types, experts left out, by the block they lie in."""
+    blocks: dict[tuple[str, int | None], list[Matrix]] = {}
+    for matrix in select(partition(matrices), types=settings.types):
+        if matrix.expert is None and matrix.type in types:
+            blocks.setdefault((matrix.stack, matrix.layer), []).append(matrix)
+    return [*blocks.values()]
+
+
+def _joint(name: str, matrices: tuple[Matrix, ...], lost: Literal["neurons", "dimensions"]) -> Unit:
+    return Unit(name, matrices, matrices[0].layer, matrices[0].stack, tuple((m,) for m in matrices), lost)
 
 
 def _by_neuron(model: nn.Module, first: Sequence[Matrix], last: Matrix) -> bool:
@@ -181,31 +186,23 @@ def _by_neuron(model: nn.Module, first: Sequence[Matrix], last: Matrix) -> bool:
     return bool(differs[1::2].any()) and not bool(differs[::2].any())
 
 
-def _heads(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[tuple[Matrix, Matrix]]:
+def _heads(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[Unit]:
     """Find what can lose dimensions of heads: value and output of each attention, where the value has no bias."""
-    if not settings.removes_neurons:
-        return []
-    blocks: dict[tuple[str, int | None], dict[str, list[Matrix]]] = {}
-    for matrix in select(partition(matrices), types=settings.types):
-        if matrix.expert is None and matrix.type in ("v_proj", "out_proj"):
-            block = blocks.setdefault((matrix.stack, matrix.layer), {"v_proj": [], "out_proj": []})
-            block[matrix.type].append(matrix)
     found = []
-    for block in blocks.values():
-        if len(block["v_proj"]) != len(block["out_proj"]):
-            continue
-        for value, output in zip(block["v_proj"], block["out_proj"]):
+    for block in _by_block(matrices, settings, ("v_proj", "out_proj")):
+        values, outputs = ([m for m in block if m.type == kind] for kind in ("v_proj", "out_proj"))
+        for value, output in zip(values, outputs) if len(values) == len(outputs) else ():
             fits = bool(value.heads) and output.shape[1] % value.shape[0] == 0
             fits = fits and all(obstacle(model, m.parameter) is None for m in (value, output))
-            biased = getattr(model.get_submodule(value.parameter.rpartition(".")[0]), "bias", None) is not None
-            if fits and not biased and _by_head(model, value, output):
-                found.append((value, output))
+            # A bias would have to be turned as well, and a plan says nothing of biases.
+            module: Any = model.get_submodule(value.parameter.rpartition(".")[0])
+            if fits and module.bias is None and _by_head(model, value, output):
+                found.append(_joint(f"{value.name} (heads)", (value, output), "dimensions"))
     return found
 
 
 def _by_head(model: nn.Module, value: Matrix, output: Matrix) -> bool:
-    """Tell, by trying, whether a change of basis of the values of each head changes the inputs of another weight just
-    so, and nothing else."""
+    """Tell, by trying, whether a change of basis inside each head reaches one weight's inputs as it is, and no more."""
     assert value.heads
     size = value.shape[0] // value.heads
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +215,7 @@ def _by_head(model: nn.Module, value: Matrix, output: Matrix) -> bool:
 
         def seen(place: Place, operand: Tensor, result: Tensor) -> Tensor | None:
             if place[0] == output.parameter:
-                found.append(operand.float())
+                found.append(operand.float().clone())
                 results.append(result)
                 return results[0]
             moved, here = result.clone(), rows.to(result.device)

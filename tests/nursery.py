@@ -134,7 +134,7 @@ def trainer(number, where, kind) -> None:
     from eckart import recovery, training
 
     stop = _nth(number, lambda: os.kill(os.getpid(), getattr(signal, kind)))
-    training.CHECKPOINT_SECONDS = 0.0
+    training.CHECKPOINT_SECONDS = recovery.CHECKPOINT_SECONDS = 0.0
     if where == "step":
         training.Training.descend = _followed(training.Training.descend, stop, before=True)
     else:

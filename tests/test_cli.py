@@ -41,7 +41,7 @@ OPTIONS = {
         "--controls", "--no-controls", "--shots",
     },
     "evaluate": COMMON | ENCODING | {"model", "--task", "--text", "--plan", "--out", "--force", "--speed", "--memory"},
-    "apply": COMMON | {"model", "plan", "--out", "--ratio", "--bytes", "--dense", "--portable", "--force"},
+    "apply": COMMON | {"model", "plan", "--out", "--ratio", "--bytes", "--dense", "--portable", "--force", "--json"},
     "inspect": COMMON | ENCODING | {
         "model", "--out", "--checkpoints", "--dry-run", "--fast", "--layers", "--types", "--rho",
         "--task", "--text", "--tokens", "--top",
@@ -54,7 +54,7 @@ OPTIONS = {
     },
     "recover": {
         "model", "--out", "--data", "--teacher", "--method", "--loss", "--lm-weight", "--init", "--rank", "--bits",
-        "--refine", "--steps", "--minutes", "--batch", "--batch-tokens", "--window", "--lr", "--schedule",
+        "--sampled", "--refine", "--steps", "--minutes", "--batch", "--batch-tokens", "--window", "--lr", "--schedule",
         "--precision", "--gradient-checkpointing", "--held-out", "--evaluations", "--patience", "--cache-bytes",
         "--adapter", "--no-adapter", "--device", "--dry-run", "--json", "--recipe", "--seed", "--debug",
     },

@@ -1,13 +1,14 @@
-"""A teacher's predictions. Oracles: torch's own kl_div, inequalities of information theory, numbers before the disk."""
+"""A teacher's predictions and text. Oracles: torch's kl_div, information theory, numbers before the disk, no cache."""
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div
 
 import tiny_models as tiny
-from eckart.distillation import Predictions, Shelf, divergence, predict
+from eckart.distillation import Predictions, Shelf, divergence, keeps_cache, predict, sample
 
 
 def pair(seed, vocabulary=11):
@@ -72,3 +73,40 @@ def test_a_shelf_that_was_not_filled_to_the_end_is_empty(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         shelf.fill(broken())
     assert not shelf.filled
+
+
+def drawn(teacher, beginnings, tokens, seed):
+    """The same text without a cache: every token from a reading of all before it."""
+    generator, written = torch.Generator().manual_seed(seed), beginnings
+    with torch.no_grad():
+        while written.shape[1] < tokens:
+            probabilities = teacher(input_ids=written, use_cache=False).logits[:, -1].softmax(-1)
+            written = torch.cat((written, torch.multinomial(probabilities, 1, generator=generator)), 1)
+    return written
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "bloom", "opt", "falcon", "mixtral"])
+@pytest.mark.parametrize("beginning", [1, 3])
+def test_what_a_teacher_writes_does_not_depend_on_its_cache(name, beginning):
+    teacher = tiny.build(name)
+    beginnings = torch.arange(5, 5 + 4 * beginning).view(4, beginning)
+    found = sample(teacher, beginnings, 20, seed=3)
+    assert torch.equal(found, drawn(teacher, beginnings, 20, 3))
+    assert torch.equal(found[:, :beginning], beginnings)
+    assert not torch.equal(found, sample(teacher, beginnings, 20, seed=4))
+
+
+def test_a_teacher_writes_each_token_as_often_as_it_predicts_it():
+    teacher, count = tiny.build("llama"), 20_000
+    beginnings = torch.tensor([[7, 9]]).expand(count, 2)
+    with torch.no_grad():
+        expected = teacher(input_ids=beginnings[:1]).logits[0, -1].softmax(-1)
+    found = sample(teacher, beginnings, 3)[:, -1].bincount(minlength=len(expected)) / count
+    error = (expected * (1 - expected) / count).sqrt()
+    assert ((found - expected).abs() <= 5 * error + 1 / count).all()
+
+
+def test_a_model_without_keys_and_values_is_known():
+    assert keeps_cache(tiny.build("llama"))
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 2}
+    assert not keeps_cache(tf.MambaForCausalLM(tf.MambaConfig(**sizes)))

@@ -30,7 +30,9 @@ from eckart.embedding import (
 from eckart.errors import EckartError, ModelError, RecipeError, TaskError
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices
+from eckart.plan import MadeBy, Plan, PlannedModel, write_plan
 from eckart.recipe import CompressSettings
+from eckart.surgery import make_edit, weights_sha256
 from eckart.tasks import Example, make_task, read_text
 
 METHODS = ["svd", "fwsvd", "asvd", "whiten", "double", "propagated"]
@@ -412,6 +414,10 @@ def test_the_program_compresses_an_encoder_to_a_folder_that_is_still_one_of_sent
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
         assert (out / "model" / name).read_bytes() == (encoder_folder / name).read_bytes()
         assert name in (out / "model" / "SHA256SUMS").read_text()
+    done = program("export", out / "model", "--to", "dense", "--out", tmp_path / "dense")
+    assert done.status == 0, done.err
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert (tmp_path / "dense" / name).read_bytes() == (encoder_folder / name).read_bytes()
     # Measured again, by the class that transformers finds.
     small, model = (tf.AutoModel.from_pretrained(folder).eval() for folder in (out / "model", encoder_folder))
     assert len(low_rank_layers(small)) == 18
@@ -422,6 +428,23 @@ def test_the_program_compresses_an_encoder_to_a_folder_that_is_still_one_of_sent
     page = (out / "report.html").read_text()
     assert "1 - cosine" in page
     assert "nats/token" not in page
+
+
+def test_an_edited_encoder_is_still_one_of_sentence_transformers(program, encoder_folder, tmp_path):
+    model = tf.AutoModel.from_pretrained(encoder_folder)
+    edit = make_edit(find_matrices(model)[0], 0.2)
+    about = PlannedModel(source="", architecture=type(model).__name__, weights_sha256=weights_sha256(model))
+    write_plan(tmp_path / "plan.json", Plan(model=about, edits=(edit,), made_by=MadeBy(eckart="0")))
+    done = program("apply", encoder_folder, tmp_path / "plan.json", "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert found["model"] == str(tmp_path / "out" / "model")
+    assert found["layers"] == [edit.matrix]
+    assert found["dense"] == {}
+    held = sum(parameter.numel() for parameter in tf.AutoModel.from_pretrained(found["model"]).parameters())
+    assert found["after"]["parameters"] == held < found["before"]["parameters"]
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert (tmp_path / "out" / "model" / name).read_bytes() == (encoder_folder / name).read_bytes()
 
 
 def test_the_program_forecasts_an_encoder_and_refuses_a_task_for_it(

@@ -15,7 +15,8 @@ import tiny_models
 
 pytest.importorskip("onnxscript", reason="needs pip install 'eckart[export]'")
 import onnx
-from onnx import numpy_helper
+import onnxruntime
+from onnx import helper, numpy_helper
 
 from eckart.checkpoint import load, save
 from eckart.errors import ModelError, OutputError, PlanError
@@ -23,7 +24,7 @@ from eckart.exporting import export_onnx, run_export
 from eckart.factoring import factor_
 from eckart.linear import FactoredLinear, PivotedLinear, RowBlockedLinear, SelectedLinear
 from eckart.matrices import find_matrices, read
-from eckart.onnx_graph import quantize_
+from eckart.onnx_graph import quantize_, share_heads_
 from eckart.onnx_runner import generate, losses, open_model, step
 from eckart.peft_adapter import export_adapter
 from eckart.plan import MadeBy, Plan, PlannedModel, write_plan
@@ -175,6 +176,52 @@ def test_factors_stay_factors_in_the_file(exported_llama):
     assert 0.9 * numbers <= stored <= numbers + 50  # nothing multiplied out, no tied weight twice
     # The order of a pivoted layer's rows is a constant of one axis.
     assert not any(node.op_type == "GatherElements" for node in graph.node)
+
+
+@pytest.mark.parametrize("axis", [2, 1])
+def test_shared_keys_are_not_repeated_in_the_file_and_others_are_left_alone(axis):
+    heads, groups, length, size = 6, 2, 5, 8
+    repeats = heads // groups
+    wide = [1, groups, repeats, length, size] if axis == 2 else [1, repeats, groups, length, size]
+    constants = {"axes": [axis], "wide": wide, "four": [1, heads, length, size]}
+    nodes = []
+    for name in ("keys", "values"):
+        nodes += [
+            helper.make_node("Unsqueeze", [name, "axes"], [f"{name}.more"]),
+            helper.make_node("Expand", [f"{name}.more", "wide"], [f"{name}.wide"]),
+            helper.make_node("Reshape", [f"{name}.wide", "four"], [f"{name}.four"]),
+        ]
+    nodes.append(helper.make_node("Attention", ["queries", "keys.four", "values.four"], ["read"]))
+    shapes = {"queries": heads, "keys": groups, "values": groups, "read": heads}
+    entries = [helper.make_tensor_value_info(n, 1, [1, count, length, size]) for n, count in shapes.items()]
+    held = [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "attention", entries[:3], entries[3:], held)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    draw = np.random.default_rng(0)
+    given = {
+        entry.name: draw.standard_normal((1, shapes[entry.name], length, size)).astype(np.float32)
+        for entry in entries[:3]
+    }
+    # By hand, in numpy.
+    keys, values = (
+        given[n].repeat(repeats, 1) if axis == 2 else np.tile(given[n], (1, repeats, 1, 1)) for n in list(given)[1:]
+    )
+    logits = given["queries"] @ keys.swapaxes(2, 3) / np.sqrt(size)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = weights / weights.sum(-1, keepdims=True) @ values
+    share_heads_(model.graph)
+    assert len(model.graph.node) == (1 if axis == 2 else 7)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, given)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_reads_the_keys_that_queries_share_as_they_are(exported_llama):
+    model = exported_llama[1]
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    graph = onnx.load(exported_llama[0] / "model.onnx").graph
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    read = [made[name] for node in graph.node if node.op_type == "Attention" for name in node.input[1:3]]
+    assert read == ["Concat"] * 2 * model.config.num_hidden_layers
 
 
 def test_the_file_does_not_tell_where_it_was_made(exported_llama, factored_folder):

@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import eckart
+import eckart.recovery as recovery_module
 import eckart.training as training_module
 import tiny_models as tiny
 from eckart.dataflow import low_rank_layers
@@ -77,14 +79,28 @@ def test_training_lowers_what_it_minimises_on_text_that_took_no_part(loss):
     assert found.test["after"]["loss"].value == pytest.approx(losses(model, text(), settings), rel=1e-6)
 
 
-@pytest.mark.parametrize("storage", ["factored", "pivoted"])
-def test_training_is_adamw_on_both_factors_as_written_out(storage):
+def writes(teacher, windows, count, tokens):
+    """What a teacher writes on from the first token of windows in random order, each read anew for every token."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    written, generator = windows[order[:count], :1], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        while written.shape[1] < tokens:
+            probabilities = teacher(input_ids=written).logits[:, -1].softmax(-1)
+            written = torch.cat((written, probabilities.multinomial(1, generator=generator)), 1)
+    return written
+
+
+@pytest.mark.parametrize(("storage", "sampled"), [("factored", 0), ("pivoted", 0), ("pivoted", 12)])
+def test_training_is_adamw_on_both_factors_as_written_out(storage, sampled):
     """Oracle: torch's own loop, over the same batches, from the definition of the loss, on factors from torch's SVD."""
     teacher, model = compressed(storage=storage)
-    settings = RecoverSettings(**SMALL, loss="both", lm_weight=0.3)
+    settings = RecoverSettings(**SMALL, loss="both", lm_weight=0.3, sampled=sampled)
     twin = deepcopy(model)
-    recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
+    found = recover(model, tiny.tokenizer(), text(), settings, teacher=teacher)
     windows = make_windows(text(), tiny.tokenizer(), settings, None).train
+    assert (found.facts["windows"]["train"], found.facts["windows"]["sampled"]) == (len(windows), sampled)
+    if sampled:
+        windows = torch.cat((windows, writes(teacher, windows, sampled, 16)))
     for path, layer in low_rank_layers(twin).items():
         U, S, Vh = (part[..., :r] for part, r in zip(torch.linalg.svd(layer.dense()), (layer.rank, layer.rank, None)))
         down, up = nn.Linear(*Vh.shape, bias=False), nn.Linear(*U.shape[::-1], bias=False)
@@ -198,6 +214,26 @@ def test_no_document_is_in_two_parts_and_no_token_is_made_up():
     assert not parts[1] & parts[2]
     total = sum(map(len, documents))
     assert total - 3 * 16 < sum(part.numel() for part in (windows.train, windows.held_out, windows.test)) <= total
+
+
+def test_what_the_teacher_writes_begins_with_text_that_trains_and_no_other():
+    """Held-out text is of words of its own, so that any of it would show."""
+    teacher, model = compressed()
+    settings = RecoverSettings(**SMALL | {"window": 32, "steps": 3}, sampled=40)
+    rows = [" ".join(f"w{5 + 3 * number + i % 3}" for i in range(64)) for number in range(24)]
+    task = make_task("rows", [Example(row, None) for row in rows])
+    windows = make_windows(task, tiny.tokenizer(), settings, None)
+    trained = {tuple(row[:2].tolist()) for row in windows.train}
+    seen = []
+    calls = teacher.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    recover(model, tiny.tokenizer(), task, settings, teacher=teacher)
+    calls.remove()
+    first = next(given["input_ids"] for given in seen if given["use_cache"])
+    assert len(first) == 40
+    assert {tuple(row.tolist()) for row in first} <= trained
+    times = [sum(torch.equal(row[:2], one) for one in first) for row in windows.train]
+    assert sum(times) >= 40
+    assert min(times) >= 40 // len(windows.train)
 
 
 def test_another_seed_gives_other_parts_and_the_same_seed_the_same():
@@ -337,6 +373,13 @@ def test_what_cannot_be_recovered_is_refused_before_anything_is_computed():
         recover(model, tiny.tokenizer(), text())
     with pytest.raises(ModelError, match="init 'residual'"):
         check(model, tiny.tokenizer(), RecoverSettings(loss="lm", init="residual"), None)
+    with pytest.raises(ModelError, match=r"sampled 8 needs one.*--sampled 0"):
+        check(model, tiny.tokenizer(), RecoverSettings(loss="lm", sampled=8), None)
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=8, num_hidden_layers=1, state_size=2)
+    )
+    with pytest.raises(ModelError, match=r"MambaForCausalLM, keeps no keys.*Leave --sampled out"):
+        check(model, tiny.tokenizer(), RecoverSettings(sampled=8), mamba)
     with pytest.raises(TaskError, match="shorter --window"):
         recover(model, tiny.tokenizer(), text(), RecoverSettings(window=1024), teacher=teacher)
     with pytest.raises(TaskError, match="too few"):
@@ -366,6 +409,23 @@ def test_a_forecast_takes_no_step(monkeypatch):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_forecast_counts_what_the_teacher_writes(monkeypatch):
+    """By a clock that moves a second with every reading of the teacher: one a step, and one a token that it writes."""
+    teacher, model = compressed()
+    now = [0.0]
+    teacher.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 1))
+    for module in (training_module, recovery_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    settings = SMALL | {"batch_tokens": 32}
+    plain, found = (
+        forecast_recovery(model, tiny.tokenizer(), text(), RecoverSettings(**settings, sampled=sampled), teacher)
+        for sampled in (0, 70)
+    )
+    assert found["windows"] == plain["windows"] | {"sampled": 70}
+    assert found["seconds"] - plain["seconds"] == pytest.approx(3 * 15)  # 32 windows at once, 15 tokens of 16
+    assert found["epochs"] < plain["epochs"]
 
 
 # The command, killed and resumed
@@ -398,7 +458,7 @@ def command(tiny_llama_folder, tmp_path_factory):
     options = ["--window", 16, "--batch", 4, "--steps", 14, "--lr", 0.005, "--evaluations", 3, "--batch-tokens", 32]
     return [
         "recover", folder / "small", "--data", folder / "text.txt", "--teacher", tiny_llama_folder,
-        "--refine", 1, "--init", "output-residual", "--rank", 3, *options,
+        "--refine", 1, "--init", "output-residual", "--rank", 3, "--sampled", 70, *options,
     ]  # fmt: skip
 
 
@@ -410,8 +470,10 @@ def test_killed_anywhere_a_recovery_ends_with_the_bytes_of_an_undisturbed_one(li
     status, errors = life(*command, "--out", tmp_path / "whole")
     assert status == 0, errors
     out = tmp_path / "killed"
-    # Files: the start, two refined blocks, the first state; then a state a step, since checkpoints are always due.
-    for at, where in ((2, "before"), (3, "after"), (5, "step"), (3, "before"), (2, "after")):
+    # Files: the start, two refined blocks, three parts of what the teacher writes, the first state; then a state a
+    # step, since checkpoints are always due.
+    kills = ((2, "before"), (3, "after"), (1, "before"), (1, "after"), (5, "step"), (3, "before"), (2, "after"))
+    for at, where in kills:
         status, errors = life(*command, "--out", out, at=at, where=where)
         assert status == -signal.SIGKILL, (at, where, errors)
         assert not (out / "results.json").exists()
@@ -426,10 +488,12 @@ def test_killed_anywhere_a_recovery_ends_with_the_bytes_of_an_undisturbed_one(li
             del point["seconds"]
     assert one == two
     assert one["best_step"] > 0
+    assert one["data"]["sampled"] == 70
     assert sorted(path.name for path in out.iterdir()) == ["model", "recipe.yaml", "report.html", "results.json"]
     # It loads as any factored folder, and its report is drawn again from the results alone.
     assert eckart.load(str(out / "model"))[0].config.quantization_config.layers
     page = (out / "report.html").read_text()
+    assert "70 that the teacher wrote" in page
     (out / "report.html").unlink()
     eckart.write_report(out)
     assert (out / "report.html").read_text() == page

@@ -1,7 +1,8 @@
-"""What a teacher predicts, computed again or kept on disk, and how far a student is from it."""
+"""What a teacher predicts, computed again or kept on disk, how far a student is from it, and text that it writes."""
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,48 @@ def predict(teacher: nn.Module, ids: Tensor, top: int | None = None) -> Predicti
     if top is None or top >= found.shape[-1]:
         return Predictions(found)
     return Predictions(*found.topk(top, dim=-1))
+
+
+@torch.no_grad()
+def sample(teacher: nn.Module, beginnings: Tensor, tokens: int, *, seed: int = 0) -> Tensor:
+    """Let a teacher write on, each token drawn from all of its predictions as they are (temperature 1).
+
+    So text comes as often as the teacher holds it likely, which is what its mean divergence from a student asks for.
+    A token that ends a document is followed by another one, as in windows of joined documents.
+
+    Args:
+        teacher: A causal language model in evaluation mode for which `keeps_cache` holds. Not modified.
+        beginnings: Token ids, shape (windows, one or more), on the teacher's device. Not modified.
+        tokens: Length to which they are continued.
+        seed: Of all draws.
+
+    Returns:
+        Token ids, shape (windows, tokens), int64, on the teacher's device.
+
+    Source:
+        LLM-QAT, arXiv 2305.17888, section 2.1, which takes the likeliest of the first tokens where ours are text.
+    """
+    model: Any = teacher
+    generator = torch.Generator(beginnings.device).manual_seed(seed)
+    written, cache, new = beginnings, None, beginnings
+    while written.shape[1] < tokens:
+        found = model(input_ids=new, past_key_values=cache, use_cache=True)
+        cache = found.past_key_values
+        new = torch.multinomial(found.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        written = torch.cat((written, new), 1)
+    return written
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Tell whether a model can keep what it read as keys and values, so that each token it writes costs one reading.
+
+    Args:
+        model: A model of transformers. Not modified.
+
+    Returns:
+        Whether its forward pass takes them.
+    """
+    return "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def divergence(logits: Tensor, predictions: Predictions) -> Tensor:

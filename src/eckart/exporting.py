@@ -21,11 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eckart.checkpoint import check_empty, load_model, load_tokenizer, new_folder, save, write_manifest
+from eckart.checkpoint import (
+    check_empty,
+    load_model,
+    load_tokenizer,
+    new_folder,
+    save,
+    sentence_files,
+    write_manifest,
+)
 from eckart.dataflow import low_rank_layers
 from eckart.encoding import context_length
 from eckart.errors import EckartError, ModelError, RecipeError
-from eckart.onnx_graph import Quantize, quantize_, tidy_
+from eckart.onnx_graph import Quantize, quantize_, share_heads_, tidy_
 from eckart.onnx_runner import FACTS, MODEL, SCHEMA_VERSION, Cache, OnnxModel, open_model, step
 from eckart.peft_adapter import export_adapter, put_on_
 from eckart.plan import read_plan
@@ -235,7 +243,7 @@ def run_export(
     factored = len(low_rank_layers(model))
     if factored:
         model.dequantize()
-    save(model, out, tokenizer)
+    save(model, out, tokenizer, files=sentence_files(source))
     notes = ()
     if to == "gguf":
         # The converter and its tables of tokenizers are no package; they come with llama.cpp.
@@ -347,6 +355,7 @@ def _graph(model: nn.Module, state: Sequence[Any]) -> Any:
             "Use --to dense, or another version of torch."
         ) from error
     tidy_(proto.graph)
+    share_heads_(proto.graph)
     for entry in (*proto.graph.input, *proto.graph.output):
         # The exporter's own names say nothing.
         lengths = {"input_ids": (1, "length"), "attention_mask": (1, "total"), "logits": (1, "length")}

@@ -63,6 +63,41 @@ def tidy_(graph: Any) -> None:
     _set_nodes(graph, [*again.values(), *kept])
 
 
+def share_heads_(graph: Any) -> None:
+    """Let attention read keys and values that queries share as they are, where they are first repeated for each query.
+
+    The operator repeats them itself, in the same order, so that the result is the same to the bit; but what is repeated
+    in the graph is written out anew for every token, and grows with what was read.
+
+    Args:
+        graph: A `GraphProto`, tidied. Modified.
+    """
+    from onnx import numpy_helper
+
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    made = {name: node for node in graph.node for name in node.output}
+
+    def repeated(name: str) -> str | None:
+        """What keys or values are repeats of along their heads, the second of their four axes."""
+        for kind in ("Reshape", "Expand"):
+            node = made.get(name)
+            if node is None or node.op_type != kind:
+                return None
+            name = node.input[0]
+        node = made.get(name)
+        axes = held.get(node.input[1]) if node is not None and node.op_type == "Unsqueeze" else None
+        if node is None or axes is None or numpy_helper.to_array(axes).ravel().tolist() != [2]:
+            return None
+        return node.input[0]
+
+    for node in graph.node:
+        if node.op_type == "Attention" and node.domain == "":
+            keys, values = repeated(node.input[1]), repeated(node.input[2])
+            if keys is not None and values is not None:
+                node.input[1], node.input[2] = keys, values
+    _set_nodes(graph, [*graph.node])
+
+
 def quantize_(model: Any, how: Quantize, fine: Collection[str] = ()) -> None:
     """Keep constant weights as 8-, 4- or 2-bit integers with a scale for every block of a column (or row, of a table).
 

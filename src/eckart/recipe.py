@@ -349,6 +349,7 @@ class RecoverSettings(BaseModel):
         description="start from the model as it is, or with its last components replaced by the best correction of "
         "the others towards the teacher's weights, in the metric of weights or of outputs",
     )
+    sampled: int = Field(default=0, ge=0, description="windows that the teacher writes, to train on beside the text's")
     rank: int = Field(default=8, ge=1, description="components that 'init' replaces, and rank of 'lora' and 'repair'")
     bits: Literal[8, 4, 2] = Field(default=4, description="of the weights that 'repair' rounds")
     rounds: int = Field(default=4, ge=1, description="roundings and corrections in turn, of 'repair'")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eckart.dataflow import evaluating, low_rank_layers
+from eckart.distillation import keeps_cache, sample
 from eckart.encoding import model_kind
 from eckart.errors import ModelError
 from eckart.initialisation import balance_, dense_weights, initialise_, input_moments, pivot_
@@ -27,11 +28,14 @@ from eckart.results import Gain, Measurement, paired_gain
 from eckart.scoring import LOSS_UNIT
 from eckart.tasks import Task
 from eckart.training import (
+    CHECKPOINT_SECONDS,
     MOMENT_WINDOWS,
+    TIMED_STEPS,
     Job,
     Point,
     Progress,
     Training,
+    Windows,
     measured,
     planned_steps,
     read_state,
@@ -39,7 +43,12 @@ from eckart.training import (
     write_state,
 )
 
-START = "start.safetensors"
+START, SAMPLED = "start.safetensors", "sampled.safetensors"
+BEGINNING = 16
+"""One part in so many of a window that the teacher writes is text, and the rest its own."""
+AT_ONCE = 16
+"""Windows are written so many times as many at once as they are trained on: keys and values are about that much smaller
+than what a backward pass needs."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ def recover(
         tokenizer: Its tokenizer.
         text: Documents; at least three windows of tokens.
         settings: How; by default as the command line does.
-        teacher: The model before compression. Needed for loss `kl` and `both` and for every initialisation but
-            `zero`. Not modified.
+        teacher: The model before compression. Needed for loss `kl` and `both`, for every initialisation but
+            `zero`, and to write windows (`sampled`). Not modified.
         state: Folder for what resuming needs. Where it holds an unfinished recovery with the same settings, weights
             and text, that goes on. None keeps nothing, and computes the teacher's predictions again in each epoch.
         progress: Called after each step.
@@ -124,6 +133,10 @@ def recover(
             parameter.grad = None
 
 
+def _counts(windows: Windows) -> dict[str, int]:
+    return {name: len(getattr(windows, name)) for name in ("train", "held_out", "test")}
+
+
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by the names they have without adapters."""
     for name, parameter in model.named_parameters():
@@ -152,18 +165,28 @@ def check(model: nn.Module, tokenizer: Any, settings: RecoverSettings, teacher: 
             f"{type(model).__name__} does not predict the next token. Recovery learns from text by predicting it. "
             "Recover a causal language model."
         )
-    if teacher is None and (settings.loss != "lm" or settings.init != "zero"):
-        asked = f"loss '{settings.loss}'" if settings.loss != "lm" else f"init '{settings.init}'"
+    needs = {
+        f"loss '{settings.loss}'": settings.loss != "lm",
+        f"init '{settings.init}'": settings.init != "zero",
+        f"sampled {settings.sampled}": settings.sampled > 0,
+    }
+    asked = next((setting for setting, needed in needs.items() if needed), None)
+    if teacher is None and asked is not None:
         raise ModelError(
             f"There is no teacher, and {asked} needs one. A teacher is the model before it was compressed. "
-            "Give --teacher MODEL, or --loss lm with --init zero."
+            "Give --teacher MODEL, or --loss lm with --init zero and --sampled 0."
         )
-    if teacher is not None and settings.loss != "lm":
+    if teacher is not None and settings.sampled and not keeps_cache(teacher):
+        raise ModelError(
+            f"The teacher, a {type(teacher).__name__}, keeps no keys and values of what it read. Without them, every "
+            "token that it writes would cost a reading of the whole window. Leave --sampled out."
+        )
+    if teacher is not None and (settings.loss != "lm" or settings.sampled):
         ours, theirs = (int(m.config.get_text_config().vocab_size) for m in (model, teacher))  # pyright: ignore
         if ours != theirs:
             raise ModelError(
-                f"The teacher has a vocabulary of {theirs} tokens and the model one of {ours}. Predictions are "
-                "compared token by token. Give the model that was compressed, or --loss lm."
+                f"The teacher has a vocabulary of {theirs} tokens and the model one of {ours}. The model learns its "
+                "predictions token by token. Give the model that was compressed, or --loss lm with --sampled 0."
             )
     if settings.method == "lora":
         try:
@@ -190,6 +213,10 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype], given: dict[str, Pivot
     for parameter in factors_of(model).values():
         parameter.data = parameter.data.float()  # a small step would be rounded away in half precision
     losses = _started(job, given)
+    windows, sampling = job.windows, 0.0
+    if settings.sampled:
+        written, sampling = _written(job)
+        job.windows = replace(windows, train=torch.cat((windows.train, written)))
     adapter = _adapted(job) if settings.method == "lora" else None
     trained = (
         factors_of(model)
@@ -216,7 +243,7 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype], given: dict[str, Pivot
     after = job.losses(model, job.windows.test)
     before, theirs = losses["before"], losses.get("teacher")
     test = {name: measured(found, settings.window) for name, found in (losses | {"after": after}).items()}
-    seconds = run.seconds | {"prepare": prepared - started}
+    seconds = run.seconds | {"prepare": prepared - started, "sample": sampling}
     return Recovery(
         curve=tuple(run.curve),
         best_step=run.best_step,
@@ -227,7 +254,7 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype], given: dict[str, Pivot
         teacher_gain=None if theirs is None else paired_gain(theirs, after, LOSS_UNIT, seed=settings.seed),
         adapter=None if adapter is None else Size(trained_numbers, 4 * trained_numbers),
         facts={
-            "windows": {name: len(getattr(job.windows, name)) for name in ("train", "held_out", "test")},
+            "windows": _counts(windows) | {"sampled": settings.sampled},
             "trained": trained_numbers,
             "cache_bytes": run.cache_bytes,
             "processes": job.accelerator.num_processes,
@@ -264,7 +291,7 @@ def _inner_linears(model: nn.Module) -> list[str]:
     ]
 
 
-# Before training: measure, initialise, refine. All of it lies in one file afterwards.
+# Before training: measure, initialise, refine, which lies in one file afterwards; and let the teacher write.
 
 
 def _started(job: Job, given: dict[str, PivotedLinear]) -> dict[str, NDArray[np.float64]]:
@@ -306,6 +333,45 @@ def _started(job: Job, given: dict[str, PivotedLinear]) -> dict[str, NDArray[np.
         refine_block_(model, teacher, block, windows, settings, seed=settings.seed + number)
         write_state(job, START, _layer_tensors(model), {"refined": number + 1, "losses": _listed(losses)})
     return losses
+
+
+def _beginnings(job: Job) -> Sequence[Tensor]:
+    """What windows begin with that the teacher will write, divided into those that it writes at once.
+
+    They come from training windows alone, none taken again before all others were.
+    """
+    settings, text = job.settings, job.windows.train
+    generator = torch.Generator().manual_seed(settings.seed)
+    passes = -(-settings.sampled // len(text))
+    order = torch.cat([torch.randperm(len(text), generator=generator) for _ in range(passes)])[: settings.sampled]
+    at_once = max(1, AT_ONCE * settings.batch_tokens // settings.window)
+    return text[order, : max(1, settings.window // BEGINNING)].split(at_once)
+
+
+def _written(job: Job) -> tuple[Tensor, float]:
+    """Windows that the teacher wrote, on the CPU, and the seconds it took; of several processes, the first asks it."""
+    assert job.teacher is not None
+    chunks, device = _beginnings(job), next(job.teacher.parameters()).device
+    writes = job.state is None or job.accelerator.is_main_process
+    if not writes:
+        job.accelerator.wait_for_everyone()
+    kept = read_state(job, SAMPLED)
+    parts, facts = ([], {"chunks": 0, "seconds": 0.0}) if kept is None else ([kept[0]["windows"].long()], kept[1])
+    saved = looked = time.perf_counter()
+    for number in range(facts["chunks"], len(chunks)):
+        job.progress(Progress("sampling", sum(map(len, chunks[:number])), job.settings.sampled))
+        seed = job.settings.seed * 1_000_003 + number
+        with job.autocast:
+            parts.append(sample(job.teacher, chunks[number].to(device), job.settings.window, seed=seed).cpu())
+        now = time.perf_counter()
+        facts = {"chunks": number + 1, "seconds": facts["seconds"] + now - looked}
+        looked = now
+        if number + 1 == len(chunks) or now - saved > CHECKPOINT_SECONDS:
+            write_state(job, SAMPLED, {"windows": torch.cat(parts).int()}, facts)
+            saved = now
+    if writes:
+        job.accelerator.wait_for_everyone()
+    return torch.cat(parts), facts["seconds"]
 
 
 def _listed(losses: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
@@ -407,7 +473,8 @@ def forecast_recovery(
     given = balance_(model) if settings.method == "factors" else {}
     weights = factors_of(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with evaluating(model):
+    with evaluating(model), evaluating(teacher) if teacher is not None else nullcontext():
+        writing = _writing_time(job) if settings.sampled else 0.0
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for weight in weights.values():
@@ -426,13 +493,28 @@ def forecast_recovery(
             replace_(model, given)
     steps = settings.steps if settings.minutes is None else planned_steps(settings, each, len(job.windows.held_out))
     looks = (1 + settings.evaluations) * len(job.windows.held_out) / settings.batch / 3
+    epoch_steps = max(1, (len(job.windows.train) + settings.sampled) // settings.batch)
     trained = sum(weight.numel() for weight in weights.values())
     held = sum(parameter.nbytes for module in (model, teacher) if module for parameter in module.parameters())
     return {
-        "windows": {name: len(getattr(job.windows, name)) for name in ("train", "held_out", "test")},
+        "windows": _counts(job.windows) | {"sampled": settings.sampled},
         "steps": steps,
-        "epochs": round(steps / job.epoch_steps, 2),
+        "epochs": round(steps / epoch_steps, 2),
         "factor_parameters": trained,
-        "seconds": round(each * (steps + looks), 1),
+        "seconds": round(writing + each * (steps + looks), 1),
         "bytes": held + 4 * 4 * trained,  # gradients, two moments, the best state
     }
+
+
+def _writing_time(job: Job) -> float:
+    """Forecast the seconds in which the teacher writes its windows, from the first tokens of the first ones."""
+    assert job.teacher is not None
+    chunks = _beginnings(job)
+    ids, wanted = chunks[0].to(next(job.teacher.parameters()).device), job.settings.window - chunks[0].shape[1]
+    taken = []
+    for tokens in (1, 1, 1 + TIMED_STEPS):  # the first one is slower
+        started = time.perf_counter()
+        with job.autocast:
+            sample(job.teacher, ids, ids.shape[1] + tokens)
+        taken.append(time.perf_counter() - started)
+    return len(chunks) * (taken[1] + (wanted - 1) * (taken[2] - taken[1]) / TIMED_STEPS)

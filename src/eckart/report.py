@@ -325,11 +325,14 @@ def _recover_page(results: Json) -> Json:
     adapter = size["adapter"]
     charged = f", and {_bytes(adapter['bytes'])} for the adapter beside it" if adapter else ""
     model, dense = size["model"], size["dense"]
+    sampled = results["data"].get("sampled")
+    own = f" and {_count(sampled)} that the teacher wrote" if sampled else ""
     return {
         "title": f"Recovery on {results['data']['name']}",
         "verdict": verdict,
         "effort": (
-            f"{_count(size['trained'])} parameters were trained for {_count(results['curve'][-1]['step'])} steps; "
+            f"{_count(size['trained'])} parameters were trained for {_count(results['curve'][-1]['step'])} steps "
+            f"on {_count(results['data']['train'])} windows of text{own}; "
             f"step {_count(results['best_step'])} was best on held-out text and was kept"
             f"{', and training stopped early' if results['stopped'] else ''}. The model takes "
             f"{_bytes(model['bytes'])}{charged}; dense it would take {_bytes(dense['bytes'])}."

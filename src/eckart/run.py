@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, temporary_folder
+from eckart.checkpoint import check_empty, load, load_model, load_tokenizer, save, sentence_files, temporary_folder
 from eckart.dataflow import low_rank_layers
 from eckart.driver import Progress
 from eckart.errors import EckartError, OutputError
@@ -307,13 +307,14 @@ def run_apply(
     folder = out / "model"
     check_empty(folder)
     plan = None if plan_path is None else read_plan(plan_path)
+    files = sentence_files(source)
     model = load_model(source, device=device, dtype=dtype, ratio=ratio, bytes=bytes)
     check_finite(model)
     tokenizer = load_tokenizer(source) if model.main_input_name == "input_ids" else None
     if plan is None or plan_path is None:
         after, before = sizes(model)
         made = None if dense else Factoring(model.config.quantization_config.layers, {}, before, after)
-        return save(model.dequantize() if dense else model, folder, tokenizer, portable=portable), made
+        return save(model.dequantize() if dense else model, folder, tokenizer, portable=portable, files=files), made
     return _write_applied(
         model,
         plan,
@@ -323,6 +324,7 @@ def run_apply(
         force=force,
         dense=dense,
         portable=portable,
+        files=files,
     )
 
 
@@ -345,14 +347,16 @@ def _write_applied(
     results: Any = None,
     force: bool,
     dense: bool,
-    portable: bool = False,
+    portable: bool,
+    files: Mapping[str, Path],
 ) -> tuple[Path, Factoring | None]:
     with temporary_folder(folder) as place:
         spill = place if model.device.type == "cpu" else None
         factoring = factor_(model, plan, force=force, at_most=0 if dense else AT_MOST, spill=spill)
         if dense and low_rank_layers(model):
             model.dequantize()
-        written = save(model, folder, tokenizer, plan, results=results, portable=portable and not dense)
+        portable = portable and not dense
+        written = save(model, folder, tokenizer, plan, results=results, portable=portable, files=files)
         return written, None if dense else factoring
 
 

@@ -49,7 +49,7 @@ class Windows:
     """A text as rows of tokens."""
 
     train: Tensor
-    """Shape (n, window), int64, on the CPU."""
+    """Shape (n, window), int64, on the CPU; behind those of the text, once they are there, the teacher's own."""
     held_out: Tensor
     test: Tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +33,7 @@ def apply(
     device: Device = "auto",
     dtype: Dtype = "stored",
     force: Force = False,
+    json: Annotated[bool, typer.Option("--json", help="Print on stdout what was written, and its size.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write the model that a plan describes, or one size of an elastic one, to OUT/model."""
@@ -39,6 +42,7 @@ def apply(
     if dense and portable:
         raise typer.BadParameter("dense weights load anywhere as they are", param_hint="--portable")
     with reported(debug):
+        from eckart.results import to_json
         from eckart.run import run_apply
 
         folder, factoring = run_apply(
@@ -53,7 +57,10 @@ def apply(
             dense=dense,
             portable=portable,
         )
-        if factoring is None or not factoring.layers:
+        if json:
+            facts = {} if factoring is None else asdict(factoring) | {"layers": [*factoring.layers]}
+            sys.stdout.write(to_json({"model": folder, **facts}))
+        elif factoring is None or not factoring.layers:
             output.print(f"Wrote {safe(str(folder))}, which plain transformers loads.", soft_wrap=True)
         else:
             before, after = factoring.before, factoring.after

@@ -38,6 +38,9 @@ def recover(
     loss: Annotated[str | None, typer.Option(help="lm, kl (from the teacher) or both.  [default: both]")] = None,
     lm_weight: Annotated[float | None, typer.Option(help="Weight of lm in both.  [default: 0.2]")] = None,
     init: Annotated[str | None, typer.Option(help="zero, residual or output-residual.  [default: zero]")] = None,
+    sampled: Annotated[
+        int | None, typer.Option(help="Windows that the teacher writes, beside the text's.  [default: 0]")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Of --init, lora and repair (best multiples of 16).  [default: 8]")
     ] = None,
@@ -83,6 +86,7 @@ def recover(
             "loss": loss,
             "lm_weight": lm_weight,
             "init": init,
+            "sampled": sampled,
             "rank": rank,
             "bits": bits,
             "adapter": adapter,

@@ -72,7 +72,7 @@ def measure(shared: Path, name: str) -> dict:
         for kind, choice in allocations:
             alone = sum(float(np.mean(points[key].get(index, [0.0]))) for key, index in choice.items())
             with restored(model, [matrix for unit in units for matrix in unit.matrices]):
-                for unit, curve in zip(units, curves):
+                for unit, curve in zip(steps.units, curves):
                     steps._cut(unit, int(curve.ranks[choice[curve.name]]))
                 together = float(np.mean(steps._divergence(reference)))
                 perplexity = summarize(proving, score(model, tokenizer, proving))["perplexity"].value

@@ -95,7 +95,7 @@ def run(shared: Path, ratios: list[float], only: str | None) -> None:
                 ranks = ranks_of(curves, choice)
             seconds = time.process_time() - start
             small = copy.deepcopy(model)
-            factor_(small, edits_of(units, ranks, settings), factors=factors, storage="pivoted")
+            factor_(small, edits_of(steps.units, ranks, settings), factors=factors, storage="pivoted")
             said = {name: value.value for name, value in divergence.items()}
             facts = {"chosen": chosen, "divergence": said, "reading": reading, "seconds": seconds}
             add({**key, **facts}, small)

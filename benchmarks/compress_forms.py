@@ -225,7 +225,7 @@ def perplexities(model, tokenizer, calibration, inside, keys, add):
             factors = steps.factors(ranks)
         seconds = time.process_time() - start
         small = copy.deepcopy(model)
-        made = factor_(small, edits_of(units, ranks, settings), factors=factors, storage=settings.storage)
+        made = factor_(small, edits_of(steps.units, ranks, settings), factors=factors, storage=settings.storage)
         dense = sum(m.shape[0] * m.shape[1] for unit in units for m in unit.matrices)
         found = summarize(inside, score(small, tokenizer, inside))["perplexity"]
         kept = 1 - (made.before.parameters - made.after.parameters) / dense

@@ -94,7 +94,7 @@ class Bench:
             ranks = ranks_of(curves, choice)
         seconds = time.process_time() - started
         small = copy.deepcopy(self.model)
-        factor_(small, edits_of(units, ranks, settings), factors=factors, storage="pivoted")
+        factor_(small, edits_of(steps.units, ranks, settings), factors=factors, storage="pivoted")
         self.add({**key, "chosen": chosen, "seconds": seconds, "quality": self.quality(small)})
 
     def tasks(self, texts: list[str], ratios: list[float]) -> None:

@@ -1,5 +1,7 @@
 """What weights see, by watching products, equals what hooks on modules see; experts are told apart."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -45,7 +47,7 @@ def test_moments_are_those_that_hooks_on_the_modules_see(name):
         assert isinstance(module, nn.Linear)
 
         def entering(_module, args, output, key=matrix.name):
-            inputs.setdefault(key, []).append(args[0].detach().flatten(0, -2).double())
+            inputs.setdefault(key, [args[0].detach().flatten(0, -2).double()])  # a block runs again for its gradients
             if output.requires_grad:
                 output.register_hook(lambda g: gradients.setdefault(key, []).append(g.flatten(0, -2).double()))
 
@@ -135,6 +137,33 @@ def test_uncut_streams_are_equal_and_see_what_a_plain_pass_sees(name):
                     torch.testing.assert_close(found.after, plain[matrix_name].inputs, atol=1e-5, rtol=1e-4)
                     torch.testing.assert_close(found.cross, found.after, atol=1e-6, rtol=1e-5)
             streams.advance()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "mixtral", "gemma2"])
+def test_blocks_that_run_again_for_their_gradients_give_the_same_moments_to_the_bit(name, monkeypatch):
+    model, encoded = tiny.build(name), windows()
+    matrices = partition(find_matrices(model))
+    found = collect(model, encoded, matrices)
+    monkeypatch.setattr(calibration, "_run_again", lambda *_: nullcontext())
+    for key, plain in collect(model, encoded, matrices).items():
+        assert plain.gradients is not None
+        for part in ("inputs", "magnitude", "gradients", "fisher"):
+            assert torch.equal(getattr(found[key], part), getattr(plain, part))
+    assert "forward" not in model.get_submodule(find_blocks(model)[0][0]).__dict__
+
+
+def test_the_graph_of_all_blocks_holds_nothing_from_inside_them():
+    model, held = tiny.build("llama"), []
+    matrices = find_matrices(model)
+
+    def pack(tensor):
+        held.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        collect(model, windows(), matrices)
+    assert held  # the last norm and the head
+    assert not any(shape[-1] == model.config.intermediate_size for shape in held if shape)
 
 
 def test_what_a_block_lacks_is_seen_by_the_weight_that_adds_to_its_output():

@@ -222,6 +222,18 @@ def test_signed_slopes_are_the_change_of_the_loss_by_removing_a_component():
     assert slopes[2] == pytest.approx((loss(1e-2) - loss(-1e-2)) / 2e-2, rel=0.05, abs=1e-4)
 
 
+def test_the_units_that_are_given_stay_as_they_were():
+    model, chosen = tiny.build("llama"), settings()
+    units, _ = find_units(model, find_matrices(model), chosen)
+    windows = read_windows(text(), tiny.tokenizer(), length=16, count=6)
+    steps = Steps(model, tiny.tokenizer(), chosen, windows, units, Spill(None), lambda _: None)
+    given = [*units]
+    steps.curves()
+    assert units == given
+    assert [unit.name for unit in steps.units] == [unit.name for unit in given]
+    assert any(unit.cuts for unit in steps.units)
+
+
 def test_a_task_takes_a_share_in_the_metrics():
     model = tiny.build("llama")
     task = make_task("task", [Example(tiny.sentence(6, seed), f"w{seed + 9}") for seed in range(12)])

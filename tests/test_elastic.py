@@ -186,7 +186,7 @@ def test_measured_curves_are_scaled_at_loading_as_a_compression_scales_them(tmp_
         choice = allocate.water_fill(scaled, ratio * sum(curve.costs[-1] for curve in curves), floor=chosen.floor)
         ranks = {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
         expected = copy.deepcopy(model)
-        factor_(expected, edits_of(units, ranks, chosen), factors=steps.factors(ranks), storage="pivoted")
+        factor_(expected, edits_of(steps.units, ranks, chosen), factors=steps.factors(ranks), storage="pivoted")
         same_state(loaded(tmp_path / "a", type(model), ratio=ratio), expected)
 
 

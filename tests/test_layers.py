@@ -10,7 +10,7 @@ import eckart
 SOURCE = Path(eckart.__file__).parent
 # A module may import modules of its own line or of lines above it, without cycles.
 LAYERS = [
-    {"errors", "registration"},
+    {"errors", "registration", "mapping"},
     {"truncation", "results", "layout", "allocate"},
     {"clustering", "spectrum", "noise", "weighting"},
     {"heads"},

@@ -16,15 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from eckart.dataflow import evaluating, only_gradients_of
 from eckart.embedding import Pooling, embed_block, probe
 from eckart.encoding import Encoded, prompt_tokens
 from eckart.errors import TaskError
 from eckart.layout import Block, Row, Sequence_, lay_out
-from eckart.matrices import Matrix, rows_of
-from eckart.prefix import run_block
-from eckart.scoring import only_positions
+from eckart.matrices import Matrix, find_blocks, rows_of
+from eckart.prefix import copied, run_block
+from eckart.scoring import PREDICTIONS, only_positions
 from eckart.tasks import Task
 
 T = TypeVar("T")
@@ -197,7 +198,7 @@ class Collector:
     _last: tuple[Place, Tensor] | None = None
 
     def __call__(self, place: Place, operand: Tensor, result: Tensor) -> Tensor | None:
-        """Take in one product."""
+        """Take in one product. What a hook holds on to lives until the backward pass: one number a token, no input."""
         x = operand.detach().reshape(-1, operand.shape[-1])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if place not in self._shares:
@@ -214,7 +215,7 @@ class Collector:
         squares = x.square().sum(1)
 
         def take(gradient: Tensor) -> None:
-            g = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
+            g = gradient.reshape(-1, gradient.shape[-1]).to(squares.dtype)
             sums.gradients = _added(sums.gradients, g.T @ g)
             sums.fisher = _added(sums.fisher, squares @ g.square())
 
@@ -226,14 +227,22 @@ class Collector:
         # A copy, since the model may change its tensors in place.
         return leaf.clone()
 
+    def divide_(self) -> None:
+        """Make means of the sums; nothing can be taken in after that."""
+        self._last = None
+        for sums in self._sums.values():
+            for sum_ in (sums.inputs, sums.magnitude, sums.gradients, sums.fisher):
+                if sum_ is not None:
+                    sum_.div_(sums.tokens)
+
     def moments(self, matrix: Matrix) -> Moments:
-        """Give the means of a matrix.
+        """Give the means of a matrix, after `divide_`.
 
         Args:
             matrix: Any; where no token reached it, its moments are zero.
 
         Returns:
-            Its moments, on the device of the model.
+            Its moments, on the device of the model; those of inputs are the same tensor for all that read the same.
         """
         place = (matrix.parameter, matrix.expert)
         sums = self._sums.get(place)
@@ -243,11 +252,10 @@ class Collector:
             zero = torch.zeros(into, into, dtype=torch.float64)
             return Moments(0, zero, zero[0], zero.new_zeros(out, out), zero.new_zeros(out))
         gradients, fisher = sums.gradients, sums.fisher
-        if gradients is not None and fisher is not None:
+        if gradients is not None and fisher is not None and matrix.rows is not None:
             rows = rows_of(matrix).to(gradients.device)
-            gradients = gradients[rows][:, rows] / sums.tokens
-            fisher = fisher[rows] / sums.tokens
-        return Moments(sums.tokens, shared.inputs / shared.tokens, shared.magnitude / shared.tokens, gradients, fisher)
+            gradients, fisher = gradients[rows][:, rows], fisher[rows]
+        return Moments(sums.tokens, shared.inputs, shared.magnitude, gradients, fisher)
 
 
 def moments_bytes(matrices: Sequence[Matrix]) -> int:
@@ -301,9 +309,10 @@ def collect(
 ) -> dict[str, Moments]:
     """Read a calibration text with a model, and give the moments of some of its matrices.
 
-    Costs a forward and, with gradients, a backward pass over the text. The gradients are those of the loss of tokens
-    that the model itself predicts, drawn from its predictions: then half the mean of (g' D x)^2 is the divergence that
-    a change D of a weight causes, to the second order.
+    Costs a forward and, with gradients, a backward pass over the text, for which every block runs once more: what its
+    gradients need is held for one block and one batch at a time. The gradients are those of the loss of tokens that the
+    model itself predicts, drawn from its predictions: then half the mean of (g' D x)^2 is the divergence that a change
+    D of a weight causes, to the second order.
 
     Args:
         model: In evaluation mode. Not modified.
@@ -321,8 +330,9 @@ def collect(
     collector = Collector(gradients)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    watch = Watch(model, {matrix.parameter for matrix in matrices}, collector)
-    with evaluating(model), each_expert(model), torch.inference_mode(False):
+    watched = {matrix.parameter for matrix in matrices}
+    watch = Watch(model, watched, collector)
+    with evaluating(model), each_expert(model), torch.inference_mode(False), only_gradients_of(model, ()):
         for block in windows.blocks:
             block = block.mapped(lambda tensor: tensor.to(device, copy=True))
             said = (
@@ -330,15 +340,51 @@ def collect(
                 if pooling is None
                 else nullcontext(partial(embed_block, block=block, pooling=pooling))
             )
-            with only_gradients_of(model, ()), torch.set_grad_enabled(gradients), watch, said as of_output:
+            # Passes that share keys and values cannot be run again one block at a time.
+            again = _run_again(model, watched) if gradients and len(block.passes) == 1 else nullcontext()
+            with torch.set_grad_enabled(gradients), watch, said as of_output, again:
                 found = of_output(run_block(model, block))
             if gradients:
                 if pooling is not None:
-                    loss = probe(found, generator)
+                    probe(found, generator).backward()
+                elif drawn:
+                    found.backward(_gradients_of_drawn(found.detach(), generator))
                 else:
-                    loss = _loss_of_drawn(found, generator) if drawn else _loss_of_answers(found, windows, block)
-                loss.backward()
+                    _loss_of_answers(found, windows, block).backward()
+    collector.divide_()
     return {matrix.name: collector.moments(matrix) for matrix in matrices}
+
+
+@contextmanager
+def _run_again(model: nn.Module, watched: Collection[str]) -> Iterator[None]:
+    """Let the graph of each block hold what enters it alone; the backward pass runs the block again for the rest."""
+
+    def leaf(_place: Place, _operand: Tensor, result: Tensor) -> Tensor | None:
+        # As a collector does, so that the second run makes the same graph.
+        return None if result.requires_grad else result.detach().requires_grad_().clone()
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), Watch(model, watched, leaf)
+
+    def twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # A block may write into its hidden states, which the second run must find as they were.
+            return forward(*copied(args), **{name: copied(value) for name, value in kwargs.items()})
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+    modules = [model.get_submodule(path) for path, _, _ in find_blocks(model)]
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(twice, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def loss_gradients(model: nn.Module, windows: Encoded, parameters: Collection[str]) -> dict[str, Tensor]:
@@ -408,15 +454,19 @@ def _loss_of_answers(logits: Tensor, encoded: Encoded, block: Block) -> Tensor:
     return (tokens * right[block.sequence]).sum()
 
 
-def _loss_of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum the loss of one token drawn from each prediction."""
-    logits = logits.float()
-    with torch.no_grad():
-        # By the inverse of the distribution function, so that the draws are equal on every device.
-        thresholds = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-        steps = logits.softmax(-1).double().cumsum(-1)
-        drawn = (steps < thresholds * steps[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+def _gradients_of_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Give the gradients of the summed loss of one token drawn from each prediction, a few predictions at a time."""
+    thresholds = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    found = torch.empty_like(logits)
+    for some, at, into in zip(*(each.split(PREDICTIONS) for each in (logits, thresholds, found))):
+        some = some.float().requires_grad_()
+        with torch.no_grad():
+            # By the inverse of the distribution function, so that the draws are equal on every device.
+            steps = some.softmax(-1).double().cumsum_(-1)
+            drawn = (steps < at * steps[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+        loss = nn.functional.cross_entropy(some, drawn, reduction="sum")
+        into.copy_(torch.autograd.grad(loss, some)[0])
+    return found
 
 
 @contextmanager
@@ -441,5 +491,4 @@ def each_expert(model: nn.Module) -> Iterator[None]:
 
 
 def _added(sum_: Tensor | None, part: Tensor) -> Tensor:
-    part = part.double()
-    return part if sum_ is None else sum_.add_(part)
+    return part.double() if sum_ is None else sum_.add_(part)

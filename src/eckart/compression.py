@@ -222,7 +222,7 @@ def compress(
             chosen, choice, divergence = run.choose(curves, budget)
             choice, factors, rounds = run.iterate(curves, choice, budget)
             ranks = ranks_of(curves, choice)
-    edits = edits_of(units, ranks, settings)
+    edits = edits_of(run.units, ranks, settings)
     plan = Plan(
         model=PlannedModel(source=source, architecture=type(model).__name__, weights_sha256=work.about["weights"]),
         edits=edits,
@@ -248,7 +248,7 @@ def compress(
             "spent": allocate.cost_of(curves, choice),
             "dense": float(sum(curve.costs[-1] for curve in curves)),
         },
-        "matrices": [row for unit in units for row in described(unit, ranks[unit.name], by_name[unit.name])],
+        "matrices": [row for unit in run.units for row in described(unit, ranks[unit.name], by_name[unit.name])],
         "rounds": rounds,
         "stayed_dense": blocked,
         "ratios": ratios_of(settings.ratio or 1.0, curves) if settings.elastic else [],
@@ -389,7 +389,7 @@ def forecast(
     reading, a_few, measuring = np.diff(clock)
     forward = a_few * windows.count / steps.few.count
     rows = []
-    for unit, curve in zip(units, curves):
+    for unit, curve in zip(steps.units, curves):
         values = dict(points[unit.name]).get(choice[unit.name])
         rows.append(
             {
@@ -426,7 +426,10 @@ def forecast(
 
 
 class Steps:
-    """The steps of a compression. Several budgets can be tried with one reading of the text."""
+    """The steps of a compression. Several budgets can be tried with one reading of the text.
+
+    `units` are those given; once `curves` ran, with the cuts of MLPs, which edits are made from.
+    """
 
     def __init__(
         self,
@@ -434,7 +437,7 @@ class Steps:
         tokenizer: Any,
         settings: CompressSettings,
         windows: Encoded,
-        units: list[Unit],
+        units: Sequence[Unit],
         work: Spill,
         tell: Report,
         stored: torch.dtype | None = None,
@@ -442,7 +445,7 @@ class Steps:
         pooling: Pooling | None = None,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.units, self.work, self.tell = units, work, tell
+        self.units, self.work, self.tell = list(units), work, tell
         self.dtype = stored or next(model.parameters()).dtype
         self.device = next(model.parameters()).device
         self.windows = self._here(windows)
@@ -500,8 +503,10 @@ class Steps:
             for unit in group:
                 self.tell(Progress("decomposing", self.units.index(unit), len(self.units)))
                 self._keep(unit.name, self._decompose(unit, moments))
+                for matrix in unit.matrices:
+                    moments.pop(matrix.name, None)
         self._kept = [unit.name for unit in self.units]
-        return [self._curve(unit) for unit in list(self.units)]
+        return [self._curve(unit) for unit in [*self.units]]
 
     def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
         if unit.joint:
@@ -567,7 +572,6 @@ class Steps:
             shapes = [matrix.shape for matrix in unit.matrices]
             cost = joint_cost(shapes, self.settings, self.dtype, _ordered_rows(self.model, unit))
             cuts, curve = neurons.cuts(kept, shapes, cost, self.settings.multiple)
-            # In the caller's list, from which edits are made.
             self.units[self.units.index(unit)] = replace(unit, cuts=tuple(cuts))
             return replace(curve, name=unit.name, group=unit.matrices[0].type)
         tails, ranks = self._errors(unit), allocate.allowed_ranks(unit.full(), self.settings.multiple)

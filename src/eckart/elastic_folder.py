@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eckart.allocate import Curve
 from eckart.clustering import runs_of
 from eckart.elastic import ElasticConfig, ElasticPart, ElasticQuantizer, ElasticWeight, curves_of, size_at
-from eckart.factoring import mapped
+from eckart.mapping import mapped
 from eckart.matrices import rows_of
 from eckart.quantizer import replace_
 from eckart.recipe import CompressSettings

@@ -6,15 +6,12 @@ touches are parts without one.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +27,7 @@ from eckart.linear import (
     bytes_stored,
     cheapest_storage,
 )
+from eckart.mapping import mapped
 from eckart.matrices import Matrix, read, rows_of, write
 from eckart.monarch import Monarch
 from eckart.plan import STRUCTURES, Edit, Plan
@@ -159,24 +157,6 @@ def _edit_(
         write(model, matrix, found)
     if file is not None:
         held.data = mapped({"weight": held.data}, file)["weight"]
-
-
-def mapped(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Move tensors to a file that is mapped into memory.
-
-    Args:
-        tensors: By name.
-        file: Gets them; it must outlive what is returned.
-
-    Returns:
-        The same, without memory of their own.
-    """
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    # The C library keeps what decompositions freed, in pieces: most of a gigabyte over 300 matrices.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-    return load_file(file)
 
 
 def obstacle(model: nn.Module, parameter: str) -> str | None:

@@ -259,7 +259,7 @@ def _returning(output: Any) -> Callable[..., Any]:
         if output is None:
             raise _Reached
         # A model may write into its hidden states, so each pass gets a copy.
-        return _copy(output)
+        return copied(output)
 
     return forward
 
@@ -280,11 +280,19 @@ def _storage_bytes(value: Any) -> int:
     return sum(storages.values())
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """Copy the tensors in nested lists and tuples.
+
+    Args:
+        value: Anything. Not modified.
+
+    Returns:
+        The same, each tensor a clone, through which gradients flow.
+    """
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, (tuple, list)):
-        return type(value)(_copy(item) for item in value)
+        return type(value)(copied(item) for item in value)
     return value
 
 

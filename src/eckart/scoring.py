@@ -25,6 +25,8 @@ Normalize = Literal["none", "tokens"]
 LOSS_UNIT = "nats/token"
 # Beyond this share of equal answers, accuracy measures the label balance and not the model.
 CONSTANT = 0.95
+# Predictions that are compared in float64 at once.
+PREDICTIONS = 256
 # Examples of a block on which a layout is compared with the plain one.
 CHECKED = 8
 
@@ -273,9 +275,13 @@ def log_probabilities(model: nn.Module, encoded: Encoded, index: int) -> Tensor:
 
 def _divergence(logits: Tensor, reference: Tensor, block: Block) -> NDArray[np.float64]:
     """Per sequence: the mean over its tokens of the Kullback-Leibler divergence from the reference."""
-    found = logits.float().log_softmax(-1)
     # A sum of many small terms of both signs: float64, so that a model does not diverge from itself.
-    at = (reference.exp().double() * (reference - found).double()).sum(-1).clamp_(min=0)
+    at = torch.cat(
+        [
+            (expected.exp().double() * (expected - some.float().log_softmax(-1)).double()).sum(-1).clamp_(min=0)
+            for some, expected in zip(logits.split(PREDICTIONS), reference.split(PREDICTIONS))
+        ]
+    )
     sums = torch.zeros(sum(block.choices), dtype=torch.float64, device=at.device)
     sums.index_add_(0, block.sequence, at[block.position])
     return (sums / torch.bincount(block.sequence, minlength=len(sums))).cpu().numpy()

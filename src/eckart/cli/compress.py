@@ -78,9 +78,11 @@ def compress(
 ) -> None:
     """Make the best model under a budget, and write it to OUT/model."""
     from eckart.compression_run import compression_begun, forecast_compress, run_compress
+    from eckart.mapping import give_back_freed
     from eckart.recipe import CompressSettings, make_settings
     from eckart.results import to_json
 
+    give_back_freed()
     with reported(debug, resume=True):
         given = {
             "ratio": ratio,

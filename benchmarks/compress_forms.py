@@ -31,7 +31,7 @@ from eckart.recipe import CompressSettings
 from eckart.scoring import score, summarize
 from eckart.spill import Spill
 from eckart.tasks import read_text
-from eckart.units import edits_of, find_units, mlp_cost
+from eckart.units import edits_of, find_units, joint_cost
 from eckart.weighting import shrunk, square_root
 
 RESULTS = Path(__file__).parent / "results"
@@ -162,7 +162,7 @@ class Forms:
             costs = counts * float(sum(w.numel() for w in weights)) / len(order)
             return [Curve("", counts, costs, np.minimum.accumulate(errors))]
         shapes = [tuple(weight.shape) for weight in weights]
-        cost = mlp_cost(shapes, CompressSettings(ratio=0.5), torch.float32)
+        cost = joint_cost(shapes, CompressSettings(ratio=0.5), torch.float32)
         return [neurons.cuts(neurons.prepare(weights, metrics, self.inputs[keys[0]], moment), shapes, cost)[1]]
 
     def rows(self):

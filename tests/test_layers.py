@@ -13,6 +13,7 @@ LAYERS = [
     {"errors", "registration", "mapping"},
     {"truncation", "results", "layout", "allocate"},
     {"clustering", "spectrum", "noise", "weighting"},
+    {"heads"},
     {"neurons"},
     {"onnx_graph", "onnx_runner"},
     {"linear"},

@@ -19,7 +19,7 @@ from eckart.neurons import factors, made_up, order_of_removal, prepare, stay
 from eckart.recipe import CompressSettings
 from eckart.spill import Spill
 from eckart.tasks import Example, make_task
-from eckart.units import _by_neuron, find_units, mlp_cost
+from eckart.units import _by_neuron, find_units, joint_cost
 
 sizes = st.tuples(st.integers(1, 5), st.integers(2, 8), st.integers(0, 2**16))
 
@@ -152,7 +152,7 @@ def settings(**given):
 def test_the_mlps_of_a_model_are_found_by_what_they_do(name, mlps):
     model = tiny.build(name)
     units, _ = find_units(model, find_matrices(model), settings())
-    found = [unit for unit in units if unit.mlp]
+    found = [unit for unit in units if unit.joint == "neurons"]
     assert len(found) == mlps
     assert all(unit.matrices[-1].type == "fc_out" for unit in found)
     names = [matrix.name for unit in units for matrix in unit.matrices]
@@ -167,7 +167,7 @@ def test_weights_whose_neurons_are_mixed_in_between_are_no_mlp():
     model = tiny.build("llama")
     model.model.layers[1].mlp.act_fn = Mixing()
     units, _ = find_units(model, find_matrices(model), settings())
-    assert [unit.layer for unit in units if unit.mlp] == [0, 2]
+    assert [unit.layer for unit in units if unit.joint == "neurons"] == [0, 2]
     matrices = {m.type: m for m in find_matrices(model) if m.layer == 1}
     assert not _by_neuron(model, [matrices["fc_in"], matrices["fc_up"]], matrices["fc_out"])
 
@@ -215,7 +215,7 @@ def test_a_budget_in_bytes_counts_what_the_indices_take():
 @pytest.mark.parametrize("storage", ["factored", "pivoted"])
 @pytest.mark.parametrize("unit", [{"ratio": 0.5}, {"bytes": 1}])
 def test_the_cost_of_everything_is_that_of_the_dense_weights(storage, unit):
-    cost = mlp_cost([(12, 5), (5, 12)], CompressSettings(storage=storage, **unit), torch.float16)
+    cost = joint_cost([(12, 5), (5, 12)], CompressSettings(storage=storage, **unit), torch.float16)
     size = 2 if "bytes" in unit else 1
     assert cost(0, 12, 5) == cost(1, 12, 5) == 60 * size
 
@@ -224,7 +224,7 @@ def test_neurons_stay_where_they_are_not_asked_for():
     model = tiny.build("llama")
     for changed in ({"neurons": False}, {"method": "svd"}, {"allocate": "mp"}, {"latency": 0.5, "ratio": None}):
         units, _ = find_units(model, find_matrices(model), settings(**changed))
-        assert not any(unit.mlp for unit in units)
+        assert not any(unit.joint == "neurons" for unit in units)
 
 
 def test_a_killed_compression_goes_on_with_the_same_neurons(tmp_path):
@@ -266,7 +266,7 @@ def test_a_forecast_has_one_row_for_an_mlp():
     from eckart.compression import forecast
 
     found = forecast(tiny.build("llama"), tiny.tokenizer(), text(), settings(allocate="uniform"))
-    mlps = {row["matrix"]: row for row in found["matrices"] if "ranks" in row}
+    mlps = {row["matrix"]: row for row in found["matrices"] if row["matrix"].endswith("(MLP)")}
     assert sorted(mlps) == [f"model.layers.{layer} (MLP)" for layer in range(3)]
-    assert len(found["matrices"]) == 12 + 3
+    assert len(found["matrices"]) == 6 + 3 + 3
     assert all(1 <= row["rank"] <= row["of"] == 48 and len(row["ranks"]) == 3 for row in mlps.values())

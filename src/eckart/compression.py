@@ -45,6 +45,7 @@ from eckart.embedding import UNIT, Pooling, divergence, embed, embeds, read_sent
 from eckart.encoding import Encoded, arrange, context_length, encode, model_kind, right_answers
 from eckart.errors import RecipeError
 from eckart.factoring import Factors, Structure
+from eckart.heads import turned
 from eckart.matrices import (
     Matrix,
     coverage,
@@ -72,7 +73,7 @@ from eckart.units import (
     described,
     edits_of,
     find_units,
-    mlp_cost,
+    joint_cost,
     of_parts,
     replaced,
     restored,
@@ -510,10 +511,11 @@ class Steps:
         return [self._curve(unit) for unit in [*self.units]]
 
     def _decompose(self, unit: Unit, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-        if unit.mlp:
+        if unit.joint:
             weights = [read(self.model, matrix) for matrix in unit.matrices]
             metrics = [self._moments(moments[matrix.name]) for matrix in unit.matrices]
-            return neurons.prepare(weights, [left for left, _ in metrics], metrics[0][1], metrics[-1][1])
+            heads = (unit.matrices[0].heads or 0) if unit.joint == "dimensions" else 0
+            return neurons.prepare(weights, [left for left, _ in metrics], metrics[0][1], metrics[-1][1], heads=heads)
         if self.settings.method in STRUCTURES:
             (matrix,) = unit.matrices
             return prepare(read(self.model, matrix), moments[matrix.name], self.settings)
@@ -566,11 +568,11 @@ class Steps:
         return dict(Counter(how for key in self._kept for how in self.work.numbers(f"roots of {key}") or ()))
 
     def _curve(self, unit: Unit) -> Curve:
-        if unit.mlp:
+        if unit.joint:
             kept = self.work.tensors(unit.name)
             assert kept is not None
             shapes = [matrix.shape for matrix in unit.matrices]
-            cost = mlp_cost(shapes, self.settings, self.dtype)
+            cost = joint_cost(shapes, self.settings, self.dtype, _ordered_rows(self.model, unit))
             cuts, curve = neurons.cuts(kept, shapes, cost, self.settings.multiple)
             self.units[self.units.index(unit)] = replace(unit, cuts=tuple(cuts))
             return replace(curve, name=unit.name, group=unit.matrices[0].type)
@@ -937,7 +939,7 @@ class Steps:
         ranks = unit.ranks(rank)
         if rank == unit.full():
             return {}
-        if not unit.mlp:
+        if not unit.joint:
             return {m: _Product(m.shape, *each.factors(rank)) for m, each in zip(unit.matrices, self.spectra(unit))}
         kept = self.work.tensors(unit.name)
         assert kept is not None
@@ -948,12 +950,12 @@ class Steps:
 
     def _stay(self, unit: Unit, rank: int, matrix: Matrix) -> tuple[Tensor | None, Tensor | None]:
         """Rows and columns of a matrix that stay; None for all."""
-        if not unit.mlp:
+        if not unit.joint or unit.keeps(rank) == unit.width:
             return None, None
         kept = self.work.tensors(unit.name)
         assert kept is not None
-        stays = neurons.stay(kept["order"], unit.cuts[rank - 1].width)
-        return (None, stays) if matrix is unit.matrices[-1] else (stays, None)
+        rows, columns = neurons.places(kept, unit.keeps(rank))
+        return (None, columns) if matrix is unit.matrices[-1] else (rows, None)
 
     def _propagated(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
         """Cut block by block, for the inputs that the cut model gives."""
@@ -987,6 +989,7 @@ class Steps:
                             up, down = fitted.factors(wanted[matrix.name] or 0)
                             product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
                             write(self.model, matrix, product.dense())
+                            self._turn_output(streams, unit, matrix, ranks[unit.name])
                             kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
                     self._keep(key, kept)
                 self._kept.append(key)
@@ -1005,6 +1008,21 @@ class Steps:
                 found |= {matrix.name: self._lent(product.spectrum()) for matrix, product in plain.items()}
         return found
 
+    def _turn_output(self, streams: Streams, unit: Unit, matrix: Matrix, rank: int) -> None:
+        """Let the output weight, which is cut later, read values in the basis in which they have been cut."""
+        turn = self._turn(unit, rank)
+        if turn is not None and matrix is unit.matrices[0]:
+            output = unit.matrices[-1]
+            write(self.model, output, turned(streams.original(output).double(), turn, 1))
+
+    def _turn(self, unit: Unit, rank: int) -> Tensor | None:
+        """The basis in which values and outputs are cut; None where they, or others, are cut as they are."""
+        if unit.joint != "dimensions":
+            return None
+        kept = self.work.tensors(unit.name)
+        assert kept is not None
+        return neurons.turn_of(kept, unit.keeps(rank))
+
     def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs, rank: int) -> WeightedSpectrum:
         """Decompose what stays of a matrix for the inputs it gets: |W x - W' y| in the metric of its outputs."""
         settings, number = self.settings, unit.matrices.index(matrix)
@@ -1012,13 +1030,19 @@ class Steps:
         assert spilled is not None
         rows, columns = self._stay(unit, rank, matrix)
         gradients, target = spilled[f"gradients.{number}"].to(weight.device), weight.double()
-        if not unit.mlp:
+        if not unit.joint:
             gradients = shrunk(gradients, settings.output_shrinkage)
+        turn = self._turn(unit, rank)
         after, cross, drift, near = inputs.after, inputs.cross, inputs.drift, target
         if rows is not None:
-            gradients, target, near = gradients[rows][:, rows], target[rows], near[rows]
+            gradients, target = turned(gradients, turn, 0, 1)[rows][:, rows], turned(target, turn, 0)[rows]
+            near = target
+        # What the weight is beside inputs in the basis in which it gets them now.
+        here = target
         if columns is not None:
-            near = neurons.made_up(target, spilled["moment"].to(weight.device).double(), columns)
+            here = turned(target, turn, 1)
+            moment = turned(spilled["moment"].to(weight.device).double(), turn, 0, 1)
+            near = neurons.made_up(here, moment, columns)
             after, cross = after[columns][:, columns], cross[:, columns]
             drift = None if drift is None else drift[:, columns]
         left = self._noted(square_root(gradients))
@@ -1027,11 +1051,12 @@ class Steps:
             return decompose_weighted(near, left, right)
         share = settings.input_shrinkage
         seen = inputs.after if columns is None else inputs.after[:, columns]
-        wanted = (1 - share) * target @ torch.lerp(seen, cross, settings.propagation)
+        before, now = target @ cross, here @ seen
+        wanted = (1 - share) * torch.lerp(now, before, settings.propagation)
         wanted += share * after.diagonal().mean() * near
         if drift is not None:
             # What the block's output lacks beside this weight's own part of it is asked of this weight, too.
-            wanted += settings.compensation * (1 - share) * (drift - target @ (cross - seen))
+            wanted += settings.compensation * (1 - share) * (drift - (before - now))
         # W E[x y'] E[y y']^-1 regresses the original outputs on the inputs that there are now.
         return decompose_weighted(right.solve_after(wanted), left, right)
 
@@ -1047,6 +1072,13 @@ def ranks_of(curves: Sequence[Curve], choice: Choice) -> dict[str, int]:
         By the name of the curve.
     """
     return {curve.name: int(curve.ranks[choice[curve.name]]) for curve in curves}
+
+
+def _ordered_rows(model: nn.Module, unit: Unit) -> list[int]:
+    """How many rows are put in order where each matrix of a unit lacks some: all of its parameter's, once."""
+    shared = Counter(matrix.parameter for matrix in unit.matrices)
+    shapes = [(m, model.get_parameter(m.parameter).shape) for m in unit.matrices]
+    return [shape[1 if m.transposed else 0] // shared[m.parameter] for m, shape in shapes]
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,9 @@ class CompressSettings(Settings):
     types: tuple[str, ...] = Field(default=("all",), min_length=1, description="types of matrix, or attn, mlp, all")
     floor: float = Field(default=0.3, ge=0, le=1, description="share of its uniform budget that every matrix gets")
     multiple: int = Field(default=1, ge=1, description="ranks are multiples of it")
-    neurons: bool = Field(default=True, description="also remove neurons of MLPs, where that loses less")
+    neurons: bool = Field(
+        default=True, description="also remove neurons of MLPs and dimensions of heads, where that loses less"
+    )
     alpha: float = Field(default=0.5, ge=0, le=1, description="power of the mean |x| in method 'asvd'")
     input_shrinkage: float = Field(default=0.1, ge=0, le=1, description="share of the identity in the inputs' metric")
     output_shrinkage: float = Field(default=0.3, ge=0, le=1, description="the same for the outputs' metric")
@@ -317,7 +319,8 @@ class CompressSettings(Settings):
 
     @property
     def removes_neurons(self) -> bool:
-        """Whether MLPs may lose neurons: where the metric is full and the allocation asks for no single ranks."""
+        """Whether MLPs may lose neurons and heads dimensions: where the metric is full and the allocation asks for no
+        single ranks."""
         full = self.method in ("whiten", "double", "propagated")
         return self.neurons and full and not self.elastic and self.unit != "seconds" and self.allocate in BY_COST
 
@@ -340,7 +343,7 @@ class RecoverSettings(BaseModel):
     loss: Literal["lm", "kl", "both"] = Field(
         default="both", description="the next token, divergence from the teacher, or their sum"
     )
-    lm_weight: float = Field(default=0.2, ge=0, description="weight of the next token in loss 'both'")
+    lm_weight: float = Field(default=0.2, ge=0, description="weight of the text's next token in loss 'both'")
     init: Literal["zero", "residual", "output-residual"] = Field(
         default="zero",
         description="start from the model as it is, or with its last components replaced by the best correction of "

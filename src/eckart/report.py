@@ -247,9 +247,8 @@ def _compress_page(results: Json) -> Json:
     for matrix in results["matrices"]:
         where = OUTSIDE if matrix["layer"] is None else matrix["layer"]
         largest = min(matrix["shape"])
-        neurons = matrix.get("neurons")
-        text = "dense" if matrix["rank"] == largest and neurons is None else f"{matrix['rank']} of {largest}"
-        text += "" if neurons is None else f", {neurons} neurons"
+        fewer = "".join(f", {matrix[key]} {key}" for key in ("neurons", "dimensions") if matrix.get(key) is not None)
+        text = "dense" if matrix["rank"] == largest and not fewer else f"{matrix['rank']} of {largest}{fewer}"
         layers.setdefault(where, {})[matrix["type"]] = text
     budget = results["budget"]
     return {

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from eckart.dataflow import evaluating, example_inputs
 from eckart.errors import MatrixError
 from eckart.experts import costs_at
 from eckart.factoring import Factors, obstacle
+from eckart.heads import turned
 from eckart.linear import STORAGES
-from eckart.matrices import Matrix, partition, rows_of, select, write
+from eckart.matrices import MLP_TYPES, Matrix, partition, rows_of, select, write
 from eckart.neurons import Cut
 from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
@@ -34,7 +35,8 @@ class Unit:
     """Matrices that are cut together.
 
     Mostly these share one rank: one matrix, or all experts of a stack, gate and up of each joined. Or they are an MLP,
-    gate and up and at last down, which can have fewer neurons; its rank is then a number that stands for a `Cut`.
+    gate and up and at last down, which can have fewer neurons, or value and output of an attention, whose heads can
+    have fewer dimensions; the rank is then a number that stands for a `Cut`.
     """
 
     name: str
@@ -43,22 +45,32 @@ class Unit:
     stack: str
     parts: tuple[tuple[Matrix, ...], ...]
     """What the model's list has in the place of each: itself, or the parts of an expert."""
-    mlp: bool = False
+    joint: Literal["", "neurons", "dimensions"] = ""
+    """What these matrices can lose together; nothing where they share one rank."""
     cuts: tuple[Cut, ...] = ()
-    """What an MLP may become, the smallest first; known once its decompositions are."""
+    """What they may become then, the smallest first; known once the decompositions are."""
 
     def full(self) -> int:
         """The largest rank."""
-        return len(self.cuts) + 1 if self.mlp else self.matrices[0].rank
+        return len(self.cuts) + 1 if self.joint else self.matrices[0].rank
+
+    @property
+    def width(self) -> int:
+        """How many neurons or dimensions there are."""
+        return self.matrices[0].shape[0]
+
+    def keeps(self, rank: int) -> int:
+        """How many neurons or dimensions stay."""
+        return self.cuts[rank - 1].width if rank < self.full() else self.width
 
     def ranks(self, rank: int) -> tuple[int | None, ...]:
         """Give the rank of each matrix, None where it stays dense."""
         if rank == self.full():
             return (None,) * len(self.matrices)
-        if not self.mlp:
+        if not self.joint:
             return (rank,) * len(self.matrices)
         cut = self.cuts[rank - 1]
-        whole = cut.width == self.matrices[-1].shape[1]
+        whole = cut.width == self.width
         return tuple(None if whole and r == m.rank else r for m, r in zip(self.matrices, cut.ranks))
 
 
@@ -79,8 +91,9 @@ def find_units(
         MatrixError: Nothing is left.
     """
     blocked: dict[str, str] = {}
-    mlps = _mlps(model, matrices, settings)
-    inside = {part.name for mlp in mlps for part in mlp[1:]}
+    joint = [*_mlps(model, matrices, settings), *_heads(model, matrices, settings)] if settings.removes_neurons else []
+    joints = {unit.matrices[0].name: unit for unit in joint}
+    inside = {matrix.name for unit in joint for matrix in unit.matrices[1:]}
     whole: dict[Place, list[Matrix]] = {}
     for matrix in partition(matrices):
         whole.setdefault((matrix.parameter, matrix.expert), []).append(matrix)
@@ -95,10 +108,8 @@ def find_units(
             blocked[matrix.name] = reason
         elif matrix.name in inside:
             continue
-        elif any(matrix is mlp[0] for mlp in mlps):
-            parts = next(mlp for mlp in mlps if matrix is mlp[0])
-            name = f"{matrix.stack}.{matrix.layer} (MLP)"
-            units.append(Unit(name, parts, matrix.layer, matrix.stack, tuple((m,) for m in parts), mlp=True))
+        elif matrix.name in joints:
+            units.append(joints[matrix.name])
         elif matrix.expert is None:
             units.append(Unit(matrix.name, (matrix,), matrix.layer, matrix.stack, ((matrix,),)))
         elif matrix is siblings[0]:
@@ -120,21 +131,29 @@ def find_units(
     return units, blocked
 
 
-def _mlps(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[tuple[Matrix, ...]]:
+def _mlps(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[Unit]:
     """Find what can lose neurons: gate and up (or the one there is) and down of a block."""
-    if not settings.removes_neurons:
-        return []
-    blocks: dict[tuple[str, int | None], list[Matrix]] = {}
-    for matrix in select(partition(matrices), types=settings.types):
-        if matrix.expert is None and matrix.type in ("fc_in", "fc_up", "fc_out"):
-            blocks.setdefault((matrix.stack, matrix.layer), []).append(matrix)
     found = []
-    for block in blocks.values():
+    for block in _by_block(matrices, settings, MLP_TYPES):
         first, last = [m for m in block if m.type != "fc_out"], [m for m in block if m.type == "fc_out"]
         fits = len(last) == 1 and 1 <= len(first) <= 2 and all(m.shape[0] == last[0].shape[1] for m in first)
         if fits and all(obstacle(model, m.parameter) is None for m in block) and _by_neuron(model, first, last[0]):
-            found.append((*first, *last))
+            name = f"{last[0].stack}.{last[0].layer} (MLP)"
+            found.append(_joint(name, (*first, *last), "neurons"))
     return found
+
+
+def _by_block(matrices: Sequence[Matrix], settings: CompressSettings, types: Sequence[str]) -> list[list[Matrix]]:
+    """Group matrices of some types, experts left out, by the block they lie in."""
+    blocks: dict[tuple[str, int | None], list[Matrix]] = {}
+    for matrix in select(partition(matrices), types=settings.types):
+        if matrix.expert is None and matrix.type in types:
+            blocks.setdefault((matrix.stack, matrix.layer), []).append(matrix)
+    return [*blocks.values()]
+
+
+def _joint(name: str, matrices: tuple[Matrix, ...], lost: Literal["neurons", "dimensions"]) -> Unit:
+    return Unit(name, matrices, matrices[0].layer, matrices[0].stack, tuple((m,) for m in matrices), lost)
 
 
 def _by_neuron(model: nn.Module, first: Sequence[Matrix], last: Matrix) -> bool:
@@ -168,30 +187,86 @@ def _by_neuron(model: nn.Module, first: Sequence[Matrix], last: Matrix) -> bool:
     return bool(differs[1::2].any()) and not bool(differs[::2].any())
 
 
-def mlp_cost(
-    shapes: Sequence[tuple[int, int]], settings: CompressSettings, dtype: torch.dtype
+def _heads(model: nn.Module, matrices: Sequence[Matrix], settings: CompressSettings) -> list[Unit]:
+    """Find what can lose dimensions of heads: value and output of each attention, where the value has no bias."""
+    found = []
+    for block in _by_block(matrices, settings, ("v_proj", "out_proj")):
+        values, outputs = ([m for m in block if m.type == kind] for kind in ("v_proj", "out_proj"))
+        for value, output in zip(values, outputs) if len(values) == len(outputs) else ():
+            fits = bool(value.heads) and output.shape[1] % value.shape[0] == 0
+            fits = fits and all(obstacle(model, m.parameter) is None for m in (value, output))
+            # A bias would have to be turned as well, and a plan says nothing of biases.
+            module: Any = model.get_submodule(value.parameter.rpartition(".")[0])
+            if fits and module.bias is None and _by_head(model, value, output):
+                found.append(_joint(f"{value.name} (heads)", (value, output), "dimensions"))
+    return found
+
+
+def _by_head(model: nn.Module, value: Matrix, output: Matrix) -> bool:
+    """Tell, by trying, whether a change of basis inside each head reaches one weight's inputs as it is, and no more."""
+    assert value.heads
+    size = value.shape[0] // value.heads
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.randn(value.heads, size, size, generator=generator)
+    inputs, rows = example_inputs(model), rows_of(value)
+    results: list[Tensor] = []
+
+    def read_with(turn: Tensor | None) -> tuple[list[Tensor], Any]:
+        found: list[Tensor] = []
+
+        def seen(place: Place, operand: Tensor, result: Tensor) -> Tensor | None:
+            if place[0] == output.parameter:
+                found.append(operand.float().clone())
+                results.append(result)
+                return results[0]
+            moved, here = result.clone(), rows.to(result.device)
+            moved[..., here] = turned(result[..., here].float(), turn, -1).to(result)
+            return moved
+
+        with evaluating(model), torch.inference_mode(), Watch(model, {value.parameter, output.parameter}, seen):
+            return found, model(**inputs)[0]
+
+    (plain, before), (moved, after) = read_with(None), read_with(turn)
+    if len(plain) != 1 or len(moved) != 1 or plain[0].shape != moved[0].shape:
+        return False
+    expected = turned(plain[0], turn, -1)
+    return all(
+        bool((one - other).abs().max() <= 0.03 * other.abs().max())
+        for one, other in ((moved[0], expected), (after, before))
+    )
+
+
+def joint_cost(
+    shapes: Sequence[tuple[int, int]],
+    settings: CompressSettings,
+    dtype: torch.dtype,
+    ordered: Sequence[int] | None = None,
 ) -> Callable[[int, int, int], float]:
-    """Make what counts the weights of an MLP with fewer neurons.
+    """Make what counts the weights of an MLP with fewer neurons, or of values and outputs with fewer dimensions.
 
     Args:
-        shapes: (out, in) of each weight, the last one of down.
+        shapes: (out, in) of each weight, the last one of down or of the output.
         settings: `storage`, and which budget.
         dtype: Of the weights.
+        ordered: How many rows are put in order where a weight lacks some; by default its own.
 
     Returns:
         From the number of a weight, how many neurons stay and its rank to numbers, or bytes under a budget of bytes.
     """
     in_bytes, pivoted = settings.unit == "bytes", settings.storage == "pivoted"
+    width_of_all, columns = shapes[0][0], shapes[-1][1]
 
     def cost(number: int, width: int, rank: int) -> float:
         out, into = shapes[number]
         last = number == len(shapes) - 1
-        narrow = width < (into if last else out)
-        size = (out, width) if last else (width, into)
+        reads = width * columns // width_of_all
+        size = (out, reads) if last else (width, into)
         whole = rank == min(size)
         numbers = size[0] * size[1] if whole else rank * (sum(size) - (rank if pivoted else 0))
         # The order of pivoted rows; which inputs are read; where the rows of the neurons that stay belong.
-        indices = (0 if whole or not pivoted else size[0]) + ((width if last else out) if narrow else 0)
+        indices = 0 if whole or not pivoted else size[0]
+        if width < width_of_all:
+            indices += reads if last else (ordered[number] if ordered else out)
         return dtype.itemsize * numbers + 8 * indices if in_bytes else numbers
 
     return cost
@@ -300,17 +375,18 @@ def described(unit: Unit, rank: int, curve: Curve) -> list[dict[str, Any]]:
         curve: Its own.
 
     Returns:
-        One row for a matrix or a stack of experts, and three (or two) for an MLP.
+        One row for a matrix or a stack of experts, three (or two) for an MLP, two for value and output.
     """
-    facts = {"layer": unit.layer, "count": 1}
-    if not unit.mlp:
+    facts = {"layer": unit.layer, "count": 1, "neurons": None, "dimensions": None}
+    if not unit.joint:
         cost = float(curve.costs[int(np.searchsorted(curve.ranks, rank))])
         first = unit.matrices[0]
         facts |= {"matrix": unit.name, "type": first.type, "shape": first.shape, "count": len(unit.matrices)}
-        return [facts | {"rank": rank, "neurons": None, "cost": cost, "dense": float(curve.costs[-1])}]
+        return [facts | {"rank": rank, "cost": cost, "dense": float(curve.costs[-1])}]
     size = float(curve.costs[-1]) / sum(m.shape[0] * m.shape[1] for m in unit.matrices)
-    whole = unit.matrices[-1].shape[1]
     cut = unit.cuts[rank - 1] if rank < unit.full() else None
+    if unit.keeps(rank) < unit.width:
+        facts[unit.joint] = unit.keeps(rank)
     rows = []
     for number, matrix in enumerate(unit.matrices):
         dense = size * matrix.shape[0] * matrix.shape[1]
@@ -319,7 +395,6 @@ def described(unit: Unit, rank: int, curve: Curve) -> list[dict[str, Any]]:
             | {"matrix": matrix.name, "type": matrix.type, "shape": matrix.shape}
             | {
                 "rank": matrix.rank if cut is None else cut.ranks[number],
-                "neurons": None if cut is None or cut.width == whole else cut.width,
                 "cost": dense if cut is None else cut.costs[number],
                 "dense": dense,
             }
@@ -328,13 +403,12 @@ def described(unit: Unit, rank: int, curve: Curve) -> list[dict[str, Any]]:
 
 
 def told(unit: Unit, rank: int) -> dict[str, Any]:
-    """Say how far a unit is cut: its `rank` and the largest; of an MLP its neurons, and the `ranks` of its matrices."""
-    if not unit.mlp:
+    """Say how far a unit is cut: its `rank` and the largest; where several matrices lose neurons or dimensions
+    together, how many stay, and the `ranks` of the matrices."""
+    if not unit.joint:
         return {"rank": rank, "of": unit.full()}
-    whole = unit.matrices[-1].shape[1]
     ranks = [matrix.rank if r is None else r for matrix, r in zip(unit.matrices, unit.ranks(rank))]
-    width = unit.cuts[rank - 1].width if rank < unit.full() else whole
-    return {"rank": width, "of": whole, "ranks": ranks}
+    return {"rank": unit.keeps(rank), "of": unit.width, "ranks": ranks}
 
 
 def of_parts(units: Sequence[Unit], factors: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -53,7 +53,8 @@ def compress(
     neurons: Annotated[
         bool | None,
         typer.Option(
-            "--neurons/--no-neurons", help="Also remove neurons of MLPs, where that loses less.  [default: yes]"
+            "--neurons/--no-neurons",
+            help="Also remove neurons of MLPs and dimensions of heads, where that loses less.  [default: yes]",
         ),
     ] = None,
     task: Annotated[

@@ -184,8 +184,8 @@ def compress(
             text is then read in sentences, and what is kept is their embeddings, not predictions.
         source: Where the model came from, for the plan.
         stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
-        spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
-            everything is held in memory.
+        spill: Folder for what is finished; a second call with the same arguments goes on from there. On a CPU cut
+            weights and factors lie on its disk, too. By default everything is held in memory.
         progress: Called before every part of the work.
 
     Returns:

@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/recover.py SHARED [PART …]
 
-SHARED holds models/ and text/; parts are `same`, `new`, `init`, `method`, `teacher`, `table` (all by default). Models
-start from what `eckart compress` makes of them by default (`compress`), or are cut to an equal share of every matrix by
-the closed form in the metric of outputs (`cut`; pivoted storage unless a part says otherwise), then trained. Text for
-training and for measuring are different files. Each case is kept in a JSON file beside this script when it is done, and
-is not measured again.
+SHARED holds models/ and text/; parts are `same`, `sampled`, `new`, `init`, `method`, `teacher` and `table`, by default
+all of them. Models start from what `eckart compress` makes of them by default (`compress`), or are cut to an equal
+share of every matrix by the closed form in the metric of outputs (`cut`; pivoted storage unless a part says
+otherwise), then trained. Text for training and for measuring are different files. Each case is kept in a JSON file
+beside this script when it is done, and is not measured again; `--keep DIR` also keeps what `compress` made, and a
+training that was killed goes on from there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,16 @@ from eckart.results import environment, paired_gain, perplexity, to_json, write_
 from eckart.training import make_windows, window_losses
 
 RESULTS = Path(__file__).parent / "results"
-WINDOW, TEST_WINDOWS = 256, 128
+WINDOW, TEST_WINDOWS, FIRST_WINDOWS = 256, 128, 64
 KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
 STEPS = {"stories260K": 400, "pebble-7m": 120}
 RATE = {"stories260K": 2e-3, "pebble-7m": 1e-3}
+SAMPLED: dict[tuple[str, float | str], dict[str, Any]] = {
+    ("stories260K", 0.8): {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8},
+    ("stories260K", 0.5): {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8},
+    ("pebble-7m", 0.5): {"sampled": 256, "lm_weight": 0.5, "steps": 150, "lr": 2e-4},
+}
+"""Settings of part `sampled`."""
 
 
 def edits_of(model: Any, budget: float | str, *, pivoted: bool = True) -> list[Edit]:
@@ -74,11 +81,12 @@ class Case:
         whole = [self.tokenizer(example.prompt).input_ids for example in judged.examples]
         ids = torch.tensor([token for document in whole for token in document])
         rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-        self.judges = rows[torch.arange(TEST_WINDOWS) * len(rows) // TEST_WINDOWS]
+        spread = rows[torch.arange(TEST_WINDOWS) * len(rows) // TEST_WINDOWS]
+        self.judges = {"spread": spread, "first": rows[:FIRST_WINDOWS]}
         self.dense_losses = self.losses(self.dense)
 
-    def losses(self, model: Any) -> np.ndarray:
-        return window_losses(model, self.judges.split(8))
+    def losses(self, model: Any) -> dict[str, np.ndarray]:
+        return {name: window_losses(model, windows.split(8)) for name, windows in self.judges.items()}
 
     def cut(self, shared: Path, budget: float | str, metric: str = "outputs", *, pivoted: bool = True) -> Any:
         """The dense model with factors: plain SVD, ASVD (alpha 0.5), or the closed form in the metric of outputs."""
@@ -101,28 +109,35 @@ class Case:
         return model
 
     def facts(self, model: Any) -> dict[str, Any]:
-        losses = self.dense_losses if model is self.dense else self.losses(model)
-        return {
-            "perplexity": perplexity(losses, np.full(len(losses), WINDOW - 1)),
-            "against_dense": paired_gain(self.dense_losses, losses, "nats/token"),
-            "times_dense": math.exp(losses.mean() - self.dense_losses.mean()),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        """On windows spread over the file, and on its first ones."""
+        found = self.dense_losses if model is self.dense else self.losses(model)
+        facts = {
+            name: {
+                "perplexity": perplexity(losses, np.full(len(losses), WINDOW - 1)),
+                "against_dense": paired_gain(self.dense_losses[name], losses, "nats/token"),
+                "times_dense": math.exp(losses.mean() - self.dense_losses[name].mean()),
+            }
+            for name, losses in found.items()
         }
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return facts["spread"] | {"parameters": size, "first": facts["first"]}
 
-    def recovered(self, model: Any, **settings: Any) -> dict[str, Any]:
+    def recovered(self, model: Any, state: Path | None = None, **settings: Any) -> dict[str, Any]:
         """Train a model, and measure it before and after."""
         chosen = RecoverSettings(
             **{"steps": STEPS[self.name], "lr": RATE[self.name], "evaluations": 4, "patience": None} | settings
         )
         before, started = self.facts(model), time.process_time()
-        with TemporaryDirectory() as state:  # the teacher's predictions are kept there
-            found = recover(model, self.tokenizer, self.text, chosen, teacher=self.dense, state=Path(state))
+        with TemporaryDirectory() as folder:  # the teacher's predictions are kept there
+            place = state or Path(folder)
+            found = recover(model, self.tokenizer, self.text, chosen, teacher=self.dense, state=place)
         return {
             "settings": chosen.model_dump(),
             "before": before,
             "after": self.facts(model),
             "trained": found.facts["trained"],
             "cpu_seconds": round(time.process_time() - started, 1),
+            "seconds": found.facts["seconds"],
             "best_step": found.best_step,
             # Documents of the training text that took no part; not always of one style with the other file.
             "same_text": found.test | {"gain": found.gain, "against_dense": found.teacher_gain},
@@ -142,6 +157,31 @@ def same(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
                 return {"dense": case.facts(case.dense), "start_cpu_seconds": seconds} | case.recovered(model)
 
             yield f"{name}, {kind}, {budget}, {start}", measure
+
+
+def sampled(shared: Path, keep: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Recovery on the text and on windows that the dense model writes."""
+    for (name, budget), settings in SAMPLED.items():
+
+        def measure(name: str = name, budget: float | str = budget, settings: Any = settings) -> Any:
+            case, model, seconds = Case(shared, name, KIND[name]), None, 0.0
+            if isinstance(budget, str):
+                model = case.cut(shared, budget)
+            else:
+                model, seconds = kept(keep / f"{name}-{budget}", lambda: case.compressed(shared, budget), case)
+            facts = {"dense": case.facts(case.dense), "start_cpu_seconds": seconds}
+            return facts | case.recovered(model, keep / f"{name}-{budget}-state", **settings)
+
+        yield f"{name}, {KIND[name]}, {budget}", measure
+
+
+def kept(folder: Path, make: Callable[[], Any], case: Case) -> tuple[Any, float]:
+    """A model with factors and the CPU seconds it took to make, from a folder if it is there."""
+    began, note = time.process_time(), folder.with_name(f"{folder.name}.json")
+    if not note.exists():
+        eckart.save(make(), folder, case.tokenizer)
+        write_text(note, to_json(round(time.process_time() - began, 1)))
+    return eckart.load(str(folder))[0], json.loads(note.read_text())
 
 
 def new(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -243,7 +283,15 @@ def table(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name}, {kind}, {way}", measure
 
 
-PARTS = {"same": same, "new": new, "init": init, "method": method, "teacher": teacher, "table": table}
+PARTS = {
+    "same": same,
+    "sampled": sampled,
+    "new": new,
+    "init": init,
+    "method": method,
+    "teacher": teacher,
+    "table": table,
+}
 
 
 def main() -> None:
@@ -251,12 +299,14 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--keep", type=Path, default=Path(gettempdir()) / "eckart-recover", help="as told above")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for part in options.parts:
         path = RESULTS / f"recover-{part}.json"
         found = json.loads(path.read_text()) if path.exists() else {"environment": environment(), "cases": {}}
-        for name, measure in PARTS[part](options.shared):
+        folders = (options.shared, options.keep) if part == "sampled" else (options.shared,)
+        for name, measure in PARTS[part](*folders):
             if name not in found["cases"] and options.only in name:
                 found["cases"][name] = measure()
                 write_text(path, to_json(found))

@@ -343,7 +343,7 @@ class RecoverSettings(BaseModel):
     loss: Literal["lm", "kl", "both"] = Field(
         default="both", description="the next token, divergence from the teacher, or their sum"
     )
-    lm_weight: float = Field(default=0.2, ge=0, description="weight of the next token in loss 'both'")
+    lm_weight: float = Field(default=0.2, ge=0, description="weight of the text's next token in loss 'both'")
     init: Literal["zero", "residual", "output-residual"] = Field(
         default="zero",
         description="start from the model as it is, or with its last components replaced by the best correction of "

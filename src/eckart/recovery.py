@@ -216,7 +216,7 @@ def _recover(job: Job, dtypes: Mapping[str, torch.dtype], given: dict[str, Pivot
     windows, sampling = job.windows, 0.0
     if settings.sampled:
         written, sampling = _written(job)
-        job.windows = replace(windows, train=torch.cat((windows.train, written)))
+        job.windows = replace(windows, train=torch.cat((windows.train, written)), sampled=len(written))
     adapter = _adapted(job) if settings.method == "lora" else None
     trained = (
         factors_of(model)

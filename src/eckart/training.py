@@ -49,9 +49,11 @@ class Windows:
     """A text as rows of tokens."""
 
     train: Tensor
-    """Shape (n, window), int64, on the CPU; behind those of the text, once they are there, the teacher's own."""
+    """Shape (n, window), int64, on the CPU; behind those of the text any that the teacher wrote."""
     held_out: Tensor
     test: Tensor
+    sampled: int = 0
+    """How many of `train`, the last ones, the teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -332,11 +334,16 @@ class Training:
         student: Any = self.student
         logits = student(input_ids=ids, use_cache=False).logits
         with torch.autocast(job.device.type, enabled=False):
-            modelled = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            flat = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+            each = cross_entropy(*flat, reduction="none").view(len(ids), -1).mean(1)
             if settings.loss == "lm":
-                return modelled
+                return each.mean()
             distance = divergence(logits, self.predictions(rows, ids))
-            return distance if settings.loss == "kl" else distance + settings.lm_weight * modelled
+            if settings.loss == "kl":
+                return distance
+            # What the teacher wrote asks for its predictions, by the divergence without the noise of the draws.
+            text = rows < len(job.windows.train) - job.windows.sampled
+            return distance + settings.lm_weight * (each * text.to(each.device)).mean()
 
     def predictions(self, rows: Tensor, ids: Tensor) -> Predictions:
         """The teacher's, from the shelf or computed again."""

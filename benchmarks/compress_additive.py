@@ -22,14 +22,14 @@ import eckart
 from compress import RESULTS, TEXTS
 from eckart import allocate
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps
+from eckart.compression import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.matrices import find_matrices
 from eckart.recipe import CompressSettings
 from eckart.scoring import score, summarize
 from eckart.spill import Spill
 from eckart.tasks import read_text
-from eckart.units import find_units, restored
+from eckart.units import find_units, replaced
 
 LEVELS = (0.9, 0.75, 0.6, 0.45, 0.3)
 RANDOM, BUDGET, TOLERANCE = 40, 0.6, 0.01
@@ -71,9 +71,8 @@ def measure(shared: Path, name: str) -> dict:
         reference = steps.reference()
         for kind, choice in allocations:
             alone = sum(float(np.mean(points[key].get(index, [0.0]))) for key, index in choice.items())
-            with restored(model, [matrix for unit in units for matrix in unit.matrices]):
-                for unit, curve in zip(steps.units, curves):
-                    steps._cut(unit, int(curve.ranks[choice[curve.name]]))
+            ranks = ranks_of(curves, choice)
+            with replaced(model, (steps._weights(unit, ranks[unit.name]) for unit in steps.units), steps.work):
                 together = float(np.mean(steps._divergence(reference)))
                 perplexity = summarize(proving, score(model, tokenizer, proving))["perplexity"].value
             kept = allocate.cost_of(curves, choice) / dense

@@ -129,7 +129,7 @@ def test_uncut_streams_are_equal_and_see_what_a_plain_pass_sees(name):
     with each_expert(model):
         for path, _ in order:
             mine = [m for m in matrices if m.parameter.startswith(f"{path}.")]
-            streams.enter(mine)
+            streams.enter(mine, {m.parameter: model.get_parameter(m.parameter).detach().clone() for m in mine})
             groups = streams.groups()
             assert sorted(m.name for group in groups for m in group) == sorted(m.name for m in mine)
             for group in groups:
@@ -171,7 +171,7 @@ def test_what_a_block_lacks_is_seen_by_the_weight_that_adds_to_its_output():
     encoded = windows(12)
     mine = [m for m in partition(find_matrices(model)) if m.layer == 0]
     streams = Streams(model, [(f"model.layers.{i}", "model.layers") for i in range(3)], encoded.blocks)
-    streams.enter(mine)
+    streams.enter(mine, {m.parameter: model.get_parameter(m.parameter).detach().clone() for m in mine})
     gate, out, down = (next(m for m in mine if m.type == kind) for kind in ("fc_in", "out_proj", "fc_out"))
     write(model, gate, 0.5 * read(model, gate))
     found = streams.inputs([down])[down.name]

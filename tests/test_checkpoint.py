@@ -26,6 +26,7 @@ from eckart.checkpoint import (
 )
 from eckart.checkpoint import save as save_model
 from eckart.errors import ModelError, OutputError
+from eckart.mapping import has_memory
 from eckart.matrices import find_matrices, partition, read
 from eckart.plan import Edit, MadeBy, Plan, PlannedModel, write_plan
 from eckart.run import run_apply
@@ -185,6 +186,24 @@ def test_half_precision_is_widened_on_a_cpu_unless_asked_otherwise(stored, asked
     folder = save_model(model.to(stored), tmp_path / "out", tokenizer)
     loaded, _ = load(str(folder), device="cpu", dtype=asked)
     assert {parameter.dtype for parameter in loaded.parameters()} == {found}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_weights_that_a_folder_lends_space_to_are_the_same_and_mapped(name, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr("eckart.checkpoint.MAPPED_FROM", 0)
+    tiny.build(name).to(stored).save_pretrained(tmp_path / "model")
+    lending = tmp_path / "lending"
+    lending.mkdir()
+    plain, found = load_model(str(tmp_path / "model")), load_model(str(tmp_path / "model"), spill=lending)
+    tied = [len(dict(model.named_parameters())) for model in (plain, found)]
+    assert tied[0] == tied[1]
+    for (key, weight), (other, lent) in zip(plain.state_dict().items(), found.state_dict().items(), strict=True):
+        assert key == other
+        assert weight.dtype == lent.dtype
+        assert torch.equal(weight, lent)
+    assert not any(has_memory(parameter) for parameter in found.parameters())
+    assert not any(lending.iterdir())
 
 
 def test_a_checkpoint_without_the_head_that_its_config_names_is_refused(tiny_llama_folder, tmp_path):

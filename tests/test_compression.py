@@ -15,6 +15,7 @@ from eckart.compression import Steps, compress, forecast
 from eckart.errors import MatrixError, OutputError, PlanError, RankError
 from eckart.factoring import factor_
 from eckart.linear import LowRankLayer
+from eckart.mapping import has_memory
 from eckart.matrices import find_matrices, partition, read, write
 from eckart.recipe import CompressSettings
 from eckart.spill import Spill
@@ -220,6 +221,34 @@ def test_signed_slopes_are_the_change_of_the_loss_by_removing_a_component():
         return total / sum(windows.tokens)
 
     assert slopes[2] == pytest.approx((loss(1e-2) - loss(-1e-2)) / 2e-2, rel=0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "falcon", "mixtral"])
+def test_cut_weights_and_what_is_cut_lie_on_the_disk_and_the_own_ones_are_not_written(name, tmp_path, monkeypatch):
+    model = tiny.build(name)
+    monkeypatch.setattr("eckart.spill.MAPPED_FROM", 0)
+    expected = compress(model, tiny.tokenizer(), text(), settings(allocate="auto"))
+    held = {key: (parameter.data_ptr(), parameter.clone()) for key, parameter in model.named_parameters()}
+    inside = []
+
+    def looked_at(self, *_):
+        cut = [parameter for key, parameter in model.named_parameters() if parameter.data_ptr() != held[key][0]]
+        inside.append(len(cut))
+        assert not any(has_memory(parameter) for parameter in cut)
+        return measured(self, *_)
+
+    measured = Steps._divergence
+    monkeypatch.setattr(Steps, "_divergence", looked_at)
+    found = compress(model, tiny.tokenizer(), text(), settings(allocate="uniform"), spill=tmp_path / "work")
+    assert max(inside) > 1
+    for key, parameter in model.named_parameters():
+        assert parameter.data_ptr() == held[key][0]
+        assert torch.equal(parameter, held[key][1])
+    assert not any(has_memory(spectrum.Vh) for spectrum in found.factors.values())
+    monkeypatch.setattr(Steps, "_divergence", measured)
+    again = compress(model, tiny.tokenizer(), text(), settings(allocate="auto"), spill=tmp_path / "auto")
+    for key, spectrum in expected.factors.items():
+        assert all(torch.equal(getattr(spectrum, part), getattr(again.factors[key], part)) for part in ("U", "S", "Vh"))
 
 
 def test_the_units_that_are_given_stay_as_they_were():

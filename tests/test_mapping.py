@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eckart.mapping import mapped
+from eckart.mapping import has_memory, lent, mapped
 
 FREED = """
 from pathlib import Path
@@ -41,6 +41,16 @@ def test_what_is_mapped_is_the_same_and_another_file_of_the_name_leaves_it_so(tm
     assert torch.equal(one["order"], torch.arange(3))
     assert torch.equal(two["weight"], second)
     assert [path.name for path in tmp_path.iterdir()] == ["it.safetensors"]
+
+
+def test_what_is_lent_is_the_same_without_memory_of_its_own_and_no_file_is_left(tmp_path):
+    weight = torch.randn(64, 33)
+    found = lent({"weight": weight}, tmp_path)["weight"]
+    assert torch.equal(found, weight)
+    assert not any(tmp_path.iterdir())
+    assert has_memory(weight)
+    assert not has_memory(found)
+    assert has_memory(found.clone())
 
 
 @pytest.mark.skipif(

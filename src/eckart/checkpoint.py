@@ -27,6 +27,7 @@ from torch import nn
 from eckart.elastic import METHOD as ELASTIC
 from eckart.elastic import ElasticConfig
 from eckart.errors import EckartError, ModelError, OutputError, RankError
+from eckart.mapping import MAPPED_FROM, has_memory, lent
 from eckart.plan import Plan, write_plan
 from eckart.portable import add_modeling
 from eckart.quantizer import MODELING, LowRankConfig, sizes
@@ -37,7 +38,13 @@ _DTYPES = ("auto", "stored", "float32", "bfloat16", "float16", "float64")
 
 
 def load(
-    source: str, *, device: str = "auto", dtype: str = "auto", ratio: float | None = None, bytes: int | None = None
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    ratio: float | None = None,
+    bytes: int | None = None,
+    spill: Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a folder or a Hugging Face id.
 
@@ -51,6 +58,8 @@ def load(
             dtype's name.
         ratio: Of an elastic folder: kept fraction of the numbers of its matrices; by default the largest it holds.
         bytes: Of an elastic folder, in place of a ratio: most that the whole model takes as it is stored.
+        spill: A folder on a disk. On a CPU all large weights are then mapped: those whose dtype is the stored one from
+            the model's own files, others from files that the folder lends space to for as long as the model lives.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -60,11 +69,18 @@ def load(
             it needs remote code, or it is not elastic and a ratio or bytes were given.
         RankError: An elastic folder holds no model of that size.
     """
-    return load_model(source, device=device, dtype=dtype, ratio=ratio, bytes=bytes), load_tokenizer(source)
+    model = load_model(source, device=device, dtype=dtype, ratio=ratio, bytes=bytes, spill=spill)
+    return model, load_tokenizer(source)
 
 
 def load_model(
-    source: str, *, device: str = "auto", dtype: str = "auto", ratio: float | None = None, bytes: int | None = None
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    ratio: float | None = None,
+    bytes: int | None = None,
+    spill: Path | None = None,
 ) -> Any:
     """Load a model as `load` does, without a tokenizer, which not every model has.
 
@@ -74,6 +90,7 @@ def load_model(
         dtype: As for `load`.
         ratio: As for `load`.
         bytes: As for `load`.
+        spill: As for `load`.
 
     Returns:
         The model in evaluation mode.
@@ -109,9 +126,18 @@ def load_model(
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} first. "
             f"A checkpoint holds every weight of the class that its config names. {_remedy(local)}"
         )
-    if dtype == "auto" and where.type == "cpu":
-        model = model.to(torch.promote_types(model.dtype, torch.float32))
-    return model.to(where).eval()
+    wide = torch.promote_types(model.dtype, torch.float32) if dtype == "auto" and where.type == "cpu" else None
+    if spill is not None and where.type == "cpu":
+        _lend_(model, wide, spill)
+    return model.to(where, wide).eval()
+
+
+def _lend_(model: nn.Module, dtype: torch.dtype | None, folder: Path) -> None:
+    """Move large weights to files that are mapped, one after the other, unless they lie in some already."""
+    for parameter in model.parameters():
+        weight = parameter.data.to(dtype if parameter.is_floating_point() else None)
+        if has_memory(weight) and weight.nbytes >= MAPPED_FROM:
+            parameter.data = lent({"weight": weight}, folder)["weight"]
 
 
 def _ask(config: Any, source: str, **budget: Any) -> None:

@@ -11,12 +11,13 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ from eckart.units import (
     find_units,
     joint_cost,
     of_parts,
+    replaced,
     restored,
     seconds_of,
     told,
@@ -756,7 +758,8 @@ class Steps:
         """The original model's predictions (embeddings) of the few windows on which divergence is measured."""
         if self.pooling is not None:
             return [embed(self.model, self.few, index, self.pooling) for index in range(len(self.few.blocks))]
-        return [log_probabilities(self.model, self.few, index) for index in range(len(self.few.blocks))]
+        predictions = (log_probabilities(self.model, self.few, index) for index in range(len(self.few.blocks)))
+        return [self.work.lend({"predictions": each})["predictions"] for each in predictions]
 
     def divergence_of(self, curves: Sequence[Curve], choice: Choice, reference: Sequence[Tensor]) -> list[float]:
         """Divergence of every window with all units cut at once."""
@@ -772,9 +775,7 @@ class Steps:
         return mean(np.array(values), self.divergence_unit)
 
     def _divergence_at(self, ranks: Mapping[str, int], reference: Sequence[Tensor]) -> list[float]:
-        with restored(self.model, [matrix for unit in self.units for matrix in unit.matrices]):
-            for unit in self.units:
-                self._cut(unit, ranks[unit.name])
+        with replaced(self.model, (self._weights(unit, ranks[unit.name]) for unit in self.units), self.work):
             return self._divergence(reference)
 
     def _divergence(self, reference: Sequence[Tensor], forward: Callable[[int], Any] | None = None) -> list[float]:
@@ -787,21 +788,18 @@ class Steps:
                 found += scores.loss
         return [value if np.isfinite(value) else 1e30 for value in found]
 
-    def _cut(self, unit: Unit, rank: int) -> None:
-        if rank == unit.full():
-            return
-        if self.settings.method in STRUCTURES:
-            write(self.model, unit.matrices[0], self._structure(unit, rank).dense())
-            return
-        for matrix, found in self._plain(unit, rank).items():
-            write(self.model, matrix, found.dense())
+    def _weights(self, unit: Unit, rank: int) -> dict[Matrix, Tensor]:
+        """What the matrices of a unit that are cut become, multiplied out, for the inputs that they had."""
+        if rank < unit.full() and self.settings.method in STRUCTURES:
+            return {unit.matrices[0]: self._structure(unit, rank).dense()}
+        return {matrix: found.dense() for matrix, found in self._plain(unit, rank).items()}
 
     def alone(
         self,
         curves: Sequence[Curve],
         choices: Sequence[Choice],
         *,
-        originals: Mapping[str, Tensor] | None = None,
+        originals: Mapping[str, Tensor] = MappingProxyType({}),
         reference: Sequence[Tensor] | None = None,
         beside: str = "",
     ) -> dict[str, list[tuple[int, list[float]]]]:
@@ -810,7 +808,7 @@ class Steps:
         Args:
             curves: Of all units.
             choices: For each unit.
-            originals: Weights by matrix, where the model has others; it is then measured with those beside the unit.
+            originals: Weights by parameter, where the model has others; it is then measured with those beside the unit.
             reference: Predictions of the original model, where this is not it.
             beside: What the others are, which tells these measurements from any other.
 
@@ -834,10 +832,11 @@ class Steps:
                         while cache.depth < self._depth(unit):
                             cache.advance()
                     with restored(self.model, unit.matrices):
-                        if originals is not None:
-                            for matrix in unit.matrices:
-                                write(self.model, matrix, originals[matrix.name])
-                        self._cut(unit, int(curve.ranks[index]))
+                        for matrix in unit.matrices:
+                            if matrix.parameter in originals:
+                                write(self.model, matrix, part_of(originals[matrix.parameter], matrix))
+                        for matrix, weight in self._weights(unit, int(curve.ranks[index])).items():
+                            write(self.model, matrix, weight)
                         values = self._divergence(reference, cache.forward)
                     self.work.note(key, values)
                 found[unit.name].append((index, values))
@@ -891,16 +890,9 @@ class Steps:
     ) -> tuple[Measurement, Callable[[], list[Curve]]]:
         """The divergence of a cut model, and the curves of the units in units of it, near the choice, when asked."""
         name = str(sorted(ranks_of(curves, choice).items()))
-        matrices = [matrix for unit in self.units for matrix in unit.matrices]
 
-        @contextmanager
-        def cutting() -> Iterator[dict[str, Tensor]]:
-            with restored(self.model, matrices) as originals:
-                for matrix in matrices:
-                    found = cut.get(matrix.name)
-                    if isinstance(found, Spectrum):
-                        write(self.model, matrix, (found.U * found.S) @ found.Vh)
-                yield originals
+        def cutting() -> AbstractContextManager[dict[str, Tensor]]:
+            return replaced(self.model, (_multiplied_out(unit, cut) for unit in self.units), self.work)
 
         values = self.work.numbers(f"divergence of the cut at {name}")
         if values is None:
@@ -935,8 +927,12 @@ class Steps:
         return {**(self._propagated(ranks) if self.settings.method == "propagated" else self._at_once(ranks))}
 
     def _at_once(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
-        plain = [self._plain(unit, ranks[unit.name]) for unit in self.units]
-        return {matrix.name: found.spectrum() for each in plain for matrix, found in each.items()}
+        plain = (self._plain(unit, ranks[unit.name]) for unit in self.units)
+        return {matrix.name: self._lent(found.spectrum()) for each in plain for matrix, found in each.items()}
+
+    def _lent(self, spectrum: Spectrum) -> Spectrum:
+        """The same, out of memory where there is a folder."""
+        return Spectrum(**self.work.lend(vars(spectrum)))
 
     def _plain(self, unit: Unit, rank: int) -> dict[Matrix, _Product]:
         """What the matrices of a unit that are cut become, for the inputs that they had."""
@@ -969,13 +965,14 @@ class Steps:
         cut = [matrix for unit in self.units for matrix in unit.matrices if wanted[matrix.name] is not None]
         streams = Streams(self.model, self.order, self.windows.blocks)
         of_task = None if self.task is None else Streams(self.model, self.order, self.task.blocks)
-        with restored(self.model, cut):
-            for depth, (path, _) in enumerate(self.order):
-                self.tell(Progress("cutting", depth, len(self.order)))
-                mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
-                streams.enter(mine)
+        for depth, (path, _) in enumerate(self.order):
+            self.tell(Progress("cutting", depth, len(self.order)))
+            mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
+            # The streams have passed the blocks before, which need not stay cut.
+            with restored(self.model, mine) as originals:
+                streams.enter(mine, originals)
                 if of_task is not None:
-                    of_task.enter(mine)
+                    of_task.enter(mine, originals)
                 key = self._cut_key(path, ranks)
                 kept = self.work.tensors(key)
                 if kept is None:
@@ -1001,14 +998,14 @@ class Steps:
                     up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
                     product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
                     write(self.model, matrix, product.dense())
-                    found[matrix.name] = product.spectrum()
+                    found[matrix.name] = self._lent(product.spectrum())
                 streams.advance()
                 if of_task is not None:
                     of_task.advance()
         for unit in self.units:  # outside the blocks
             if not any(matrix.name in found for matrix in unit.matrices):
                 plain = self._plain(unit, ranks[unit.name])
-                found |= {matrix.name: product.spectrum() for matrix, product in plain.items()}
+                found |= {matrix.name: self._lent(product.spectrum()) for matrix, product in plain.items()}
         return found
 
     def _turn_output(self, streams: Streams, unit: Unit, matrix: Matrix, rank: int) -> None:
@@ -1109,6 +1106,12 @@ class _Product:
         if self.columns is not None:
             down = down.new_zeros(len(down), self.shape[1]).index_copy(1, self.columns.to(down.device), down)
         return up, down
+
+
+def _multiplied_out(unit: Unit, factors: Mapping[str, Factors]) -> dict[Matrix, Tensor]:
+    """What the matrices of a unit become by the factors that there are."""
+    pairs = [(matrix, factors.get(matrix.name)) for matrix in unit.matrices]
+    return {matrix: (found.U * found.S) @ found.Vh for matrix, found in pairs if isinstance(found, Spectrum)}
 
 
 def _first(windows: Encoded, count: int) -> Encoded:

@@ -83,7 +83,8 @@ def run_compress(
     if proving is not None:
         measured.insert(0, proving)
     started = time.perf_counter()
-    model, tokenizer = load(source, device=device, dtype=dtype)
+    with temporary_folder(out) as lending:
+        model, tokenizer = load(source, device=device, dtype=dtype, spill=lending)
     stored = stored_dtype(source, model)
     pooling = pooling_for(model, settings, read_pooling(source))
     files = sentence_files(source)
@@ -116,7 +117,8 @@ def run_compress(
     # An elastic folder is measured at several sizes, the largest first.
     served = []
     for ratio in found.facts["ratios"] if settings.elastic else [None]:
-        small = load_model(str(folder), device=device, dtype=dtype, ratio=ratio)
+        with temporary_folder(out) as lending:
+            small = load_model(str(folder), device=device, dtype=dtype, ratio=ratio, spill=lending)
         after = _said(small, tokenizer, text, measured, settings, pooling)
         size, dense = sizes(load_model(str(folder), device="cpu", dtype="stored", ratio=ratio))
         quality = [{"name": name, **_compared(said, after[name])} for name, said in before.items()]

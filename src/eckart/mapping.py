@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MAPPED_FROM = 1 << 20
-"""Bytes from which memory comes from the kernel, and goes back to it, by itself."""
+"""Bytes from which memory comes from the kernel, and goes back to it, by itself; fewer are not worth a file."""
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 
 
@@ -34,6 +36,36 @@ def mapped(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     if trim is not None:
         trim(0)
     return load_file(file)
+
+
+def lent(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Move tensors to a file without a name: the disk has its space back as soon as no tensor is left, killed or not.
+
+    Args:
+        tensors: By name.
+        folder: On the disk that lends the space.
+
+    Returns:
+        As of `mapped`.
+    """
+    descriptor, name = tempfile.mkstemp(suffix=".safetensors", dir=folder)
+    os.close(descriptor)
+    found = mapped(tensors, Path(name))
+    with suppress(PermissionError):  # Windows keeps a file that is mapped
+        os.unlink(name)
+    return found
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor's numbers lie in memory of its own, not in a mapped file or in another library's.
+
+    Args:
+        tensor: On any device.
+
+    Returns:
+        Whether they do.
+    """
+    return tensor.untyped_storage().resizable()
 
 
 def give_back_freed() -> None:

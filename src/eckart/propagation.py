@@ -76,11 +76,14 @@ class Streams:
         self._matrices: Sequence[Matrix] = ()
         self._originals: dict[str, Tensor] = {}
 
-    def enter(self, matrices: Sequence[Matrix]) -> None:
-        """Name the matrices of the current block that will be cut, while it still has its original weights."""
-        self._matrices = matrices
-        names = {matrix.parameter for matrix in matrices}
-        self._originals = {name: self.model.get_parameter(name).detach().clone() for name in names}
+    def enter(self, matrices: Sequence[Matrix], originals: dict[str, Tensor]) -> None:
+        """Name the matrices of the current block that will be cut, while it still has its original weights.
+
+        Args:
+            matrices: Which.
+            originals: By the parameter's name, weights that stay as they are whatever is written to the model.
+        """
+        self._matrices, self._originals = matrices, originals
 
     def original(self, matrix: Matrix) -> Tensor:
         """Give a matrix of the current block as it was, shape (out, in)."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eckart.errors import OutputError
+from eckart.mapping import MAPPED_FROM, lent
 from eckart.results import read_json, to_json, write_text
 
 
@@ -65,6 +66,12 @@ class Spill:
         part = path.with_suffix(".part")
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, part)
         os.replace(part, path)
+
+    def lend(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move tensors out of memory for as long as they are used, where there is a folder, they are large and not on a
+        device."""
+        size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cpu")
+        return tensors if self.folder is None or size < MAPPED_FROM else lent(tensors, self.folder)
 
     def numbers(self, name: str) -> Any:
         """Give numbers that were kept, or None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,10 +21,11 @@ from eckart.experts import costs_at
 from eckart.factoring import Factors, obstacle
 from eckart.heads import turned
 from eckart.linear import STORAGES
-from eckart.matrices import MLP_TYPES, Matrix, partition, read, rows_of, select, write
+from eckart.matrices import MLP_TYPES, Matrix, partition, rows_of, select, write
 from eckart.neurons import Cut
 from eckart.plan import STRUCTURES, Edit
 from eckart.recipe import CompressSettings
+from eckart.spill import Spill
 from eckart.structures import entries_cost, layers_at, unsuited
 from eckart.truncation import Spectrum
 
@@ -437,15 +438,47 @@ def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[dict[str,
     """Give a model its weights back on leaving, to the bit.
 
     Args:
-        model: Its matrices may be written inside the `with` block.
-        matrices: Those that may be.
+        model: Inside the `with` block, the parameters of these matrices are copies, which may be written.
+        matrices: Those that may be written.
 
     Yields:
-        Copies of the weights, by the matrix's name.
+        The weights, by the parameter's name; they are the model's own, mapped if they were. Not to be written.
     """
-    originals = {matrix.name: read(model, matrix) for matrix in matrices}
+    originals = {matrix.parameter: model.get_parameter(matrix.parameter).data for matrix in matrices}
     try:
+        for name, weight in originals.items():
+            model.get_parameter(name).data = weight.clone()
         yield originals
     finally:
-        for matrix in matrices:
-            write(model, matrix, originals[matrix.name])
+        for name, weight in originals.items():
+            model.get_parameter(name).data = weight
+
+
+@contextmanager
+def replaced(model: nn.Module, weights: Iterable[Mapping[Matrix, Tensor]], work: Spill) -> Iterator[dict[str, Tensor]]:
+    """Give a model other weights for a while.
+
+    Args:
+        model: As before on leaving, to the bit.
+        weights: What some of its matrices become, those of one parameter together as far as memory allows: one after
+            the other is asked for, and lent to the disk where `work` has a folder.
+        work: Where.
+
+    Yields:
+        The original weights, by the parameter's name. Not to be written.
+    """
+    originals: dict[str, Tensor] = {}
+    try:
+        for some in weights:
+            parameters = [(name, model.get_parameter(name)) for name in {matrix.parameter for matrix in some}]
+            for name, parameter in parameters:
+                originals.setdefault(name, parameter.data)
+                parameter.data = parameter.data.clone()
+            for matrix, weight in some.items():
+                write(model, matrix, weight)
+            for _, parameter in parameters:
+                parameter.data = work.lend({"weight": parameter.data})["weight"]
+        yield originals
+    finally:
+        for name, weight in originals.items():
+            model.get_parameter(name).data = weight

@@ -6,9 +6,9 @@
 
 Every row is one way at one ratio on one draw of calibration windows: the first 64 windows of 256 tokens, the next 64,
 and so on. Matrices are cut by rank alone without compensation, and budgets divided once; the last way is the default of
-`eckart compress`, which also removes neurons of MLPs, makes up for what a block lacks, and moves budget between
-matrices afterwards. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the other
-model's.
+`eckart compress`, which also removes neurons and dimensions of heads, makes up for what a block lacks, and moves budget
+between matrices afterwards. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the
+other model's.
 Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
 process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
 """

@@ -41,12 +41,13 @@ WINDOW, TEST_WINDOWS, FIRST_WINDOWS = 256, 128, 64
 KIND = {"stories260K": "tinystories", "pebble-7m": "books"}
 STEPS = {"stories260K": 400, "pebble-7m": 120}
 RATE = {"stories260K": 2e-3, "pebble-7m": 1e-3}
-SAMPLED: dict[tuple[str, float | str], dict[str, Any]] = {
-    ("stories260K", 0.8): {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8},
-    ("stories260K", 0.5): {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8},
-    ("pebble-7m", 0.5): {"sampled": 256, "lm_weight": 0.5, "steps": 150, "lr": 2e-4},
-}
-"""Settings of part `sampled`."""
+SAMPLED: tuple[tuple[str, float | str, dict[str, Any]], ...] = (
+    ("stories260K", 0.8, {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8}),
+    ("stories260K", 0.8, {"sampled": 4096, "lm_weight": 2.0, "steps": 3600, "evaluations": 8}),
+    ("stories260K", 0.5, {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8}),
+    ("pebble-7m", 0.5, {"sampled": 128, "lm_weight": 1.0, "steps": 80, "lr": 2e-4}),
+)
+"""Cases of part `sampled`: model, share, settings."""
 
 
 def edits_of(model: Any, budget: float | str, *, pivoted: bool = True) -> list[Edit]:
@@ -161,18 +162,18 @@ def same(shared: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def sampled(shared: Path, keep: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Recovery on the text and on windows that the dense model writes."""
-    for (name, budget), settings in SAMPLED.items():
+    for name, budget, settings in SAMPLED:
 
         def measure(name: str = name, budget: float | str = budget, settings: Any = settings) -> Any:
-            case, model, seconds = Case(shared, name, KIND[name]), None, 0.0
+            case, start = Case(shared, name, KIND[name]), keep / f"{name}-{budget}"
             if isinstance(budget, str):
-                model = case.cut(shared, budget)
+                model, seconds = case.cut(shared, budget), 0.0
             else:
-                model, seconds = kept(keep / f"{name}-{budget}", lambda: case.compressed(shared, budget), case)
+                model, seconds = kept(start, lambda: case.compressed(shared, budget), case)
             facts = {"dense": case.facts(case.dense), "start_cpu_seconds": seconds}
-            return facts | case.recovered(model, keep / f"{name}-{budget}-state", **settings)
+            return facts | case.recovered(model, start.with_name(f"{start.name}-{settings['steps']}"), **settings)
 
-        yield f"{name}, {KIND[name]}, {budget}", measure
+        yield f"{name}, {KIND[name]}, {budget}, {settings['steps']} steps", measure
 
 
 def kept(folder: Path, make: Callable[[], Any], case: Case) -> tuple[Any, float]:

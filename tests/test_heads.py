@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,15 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_models as tiny
+from eckart.calibration import read_windows
 from eckart.checkpoint import load_model, save
-from eckart.compression import compress, forecast
+from eckart.compression import Steps, compress, forecast
+from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.heads import columns_of, turned, turning
 from eckart.linear import SelectedLinear
 from eckart.matrices import find_matrices, read, write
 from eckart.neurons import Cut, factors, order_of_removal, places, prepare, stay, width_of
 from eckart.recipe import CompressSettings
+from eckart.spill import Spill
 from eckart.tasks import Example, make_task
+from eckart.truncation import dense
 from eckart.units import _by_head, find_units
 
 FOUND = {"llama": 2, "phi3": 2, "gptj": 4, "falcon": 1, "falcon_grouped": 2, "gemma2": 2, "mixtral": 2, "t5": 4}
@@ -277,10 +282,10 @@ def test_a_compressed_model_loses_the_dimensions_that_heads_do_not_use(name, met
     assert any(row["dimensions"] is not None and row["dimensions"] >= 3 * heads for row in rows)
     small = copy.deepcopy(model)
     made = factor_(small, found.plan, factors=found.factors, storage=storage)
-    dense = sum(row["dense"] for row in rows)
-    kept = dense - (made.before.parameters - made.after.parameters)
+    whole = sum(row["dense"] for row in rows)
+    kept = whole - (made.before.parameters - made.after.parameters)
     assert kept == pytest.approx(found.facts["budget"]["spent"]) == sum(row["cost"] for row in rows)
-    assert kept <= 0.5 * dense
+    assert kept <= 0.5 * whole
     assert any(isinstance(module, SelectedLinear) for module in small.modules())
     logits = [tiny.output(name, m, **tiny.inputs(name)) for m in (model, small)]
     torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)
@@ -305,3 +310,47 @@ def test_a_forecast_has_one_row_for_values_and_outputs():
     rows = {row["matrix"]: row for row in found["matrices"] if row["matrix"].endswith("(heads)")}
     assert sorted(rows) == [f"model.layers.{layer}.self_attn.v_proj (heads)" for layer in range(3)]
     assert all(1 <= row["rank"] <= row["of"] == 16 and len(row["ranks"]) == 2 for row in rows.values())
+
+
+@pytest.mark.parametrize("propagation", [0.0, 1.0])
+def test_the_propagated_output_weight_is_least_squares_for_the_values_it_gets(propagation):
+    """Five dimensions in the place of sixteen, nothing else cut: which output weight gives most of what was."""
+    model = tiny.build("llama")
+    given = settings(propagation=propagation, input_shrinkage=0.0, compensation=0.0)
+    units, _ = find_units(model, find_matrices(model), given)
+    windows = read_windows(text(), tiny.tokenizer(), length=16, count=6)
+    steps = Steps(model, tiny.tokenizer(), given, windows, units, Spill(None), lambda _: None)
+    with evaluating(model):
+        steps.curves()
+        number = next(n for n, unit in enumerate(steps.units) if unit.joint == "dimensions" and unit.layer == 1)
+        unit = steps.units[number] = replace(steps.units[number], cuts=(Cut(5, (5, 10), (0.0, 0.0)),))
+        made = steps.factors({each.name: 1 if each is unit else each.full() for each in steps.units})
+    value, output = unit.matrices
+    assert set(made) == {value.name, output.name}
+    attention = model.model.layers[1].self_attn
+
+    def run():
+        seen = []
+        handle = attention.o_proj.register_forward_hook(lambda _m, x, y: seen.append((x[0], y)))
+        with torch.inference_mode():
+            for block in windows.blocks:
+                for one in block.passes:
+                    model(**one.inputs)
+        handle.remove()
+        return [torch.cat([part.flatten(0, -2) for part in parts]).double() for parts in zip(*seen)]
+
+    turn = steps.work.tensors(unit.name)["turn"]
+    originals = read(model, value), read(model, output)
+    _, wanted = run()
+    write(model, value, dense(made[value.name]))
+    kept, _ = run()
+    found = dense(made[output.name]).double()
+    read_columns = (found != 0).any(0)
+    assert int(read_columns.sum()) == 10
+    if propagation == 0.0:  # what the output weight makes of these values alone, which is the weight itself
+        torch.testing.assert_close(
+            found[:, read_columns], turned(originals[1].double(), turn, 1)[:, read_columns], rtol=1e-3, atol=1e-4
+        )
+    else:
+        best = torch.linalg.lstsq(kept[:, read_columns], wanted, driver="gelsd").solution.T
+        torch.testing.assert_close(found[:, read_columns], best, rtol=1e-3, atol=1e-4)

@@ -549,7 +549,8 @@ def test_a_recipe_takes_a_model_and_a_text_to_a_smaller_recovered_model(
     recipe, program, command, tiny_llama_folder, tmp_path
 ):
     """Only sizes are smaller than in the recipe: of the text, its windows and the training."""
-    data = command[3]
+    data, wanted = command[3], yaml.safe_load(recipe.read_text())["recover"]
+    few = ["--sampled", 8] if "sampled" in wanted else []
     small = program(
         "compress", tiny_llama_folder, "--calibration", data, "--recipe", recipe, "--out", tmp_path / "small",
         "--window", 16, "--windows", 8, "--multiple", 1,
@@ -557,12 +558,11 @@ def test_a_recipe_takes_a_model_and_a_text_to_a_smaller_recovered_model(
     assert small.status == 0, small.err
     found = program(
         "recover", tmp_path / "small", "--data", data, "--teacher", tiny_llama_folder, "--recipe", recipe,
-        "--out", tmp_path / "out", "--window", 16, "--batch", 4, "--steps", 4, "--json",
+        "--out", tmp_path / "out", "--window", 16, "--batch", 4, "--steps", 4, "--json", *few,
     )  # fmt: skip
     assert found.status == 0, found.err
     results = json.loads(found.out)
-    wanted = yaml.safe_load(recipe.read_text())["recover"]
-    changed = {"window", "batch", "steps"}
+    changed = {"window", "batch", "steps", "sampled"}
     assert {k: v for k, v in results["recipe"].items() if k in wanted.keys() - changed} == {
         k: v for k, v in wanted.items() if k not in changed
     }

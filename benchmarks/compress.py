@@ -26,7 +26,7 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps, ranks_of
+from eckart.compression_steps import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write

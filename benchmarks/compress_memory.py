@@ -110,8 +110,9 @@ def table() -> str:
         interpreter = min(each["anonymous"] for each in runs.values())
         for name, each in runs.items():
             sizes = (each["model"], each["moments"], each["anonymous"], each["anonymous"] - interpreter)
-            sizes = (*sizes, sizes[3] - each["moments"], each["forecast"])
-            lines.append(f"| {name} | {code} | {' | '.join(f'{size / 1e6:.0f}' for size in sizes)} |")
+            said = f"{each['forecast'] / 1e6:.0f}" if "forecast" in each else "–"
+            cells = " | ".join(f"{size / 1e6:.0f}" for size in (*sizes, sizes[3] - each["moments"]))
+            lines.append(f"| {name} | {code} | {cells} | {said} |")
     return "\n".join(lines)
 
 

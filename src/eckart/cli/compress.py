@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from eckart.cli.console import errors, number, output, reported, safe, words
 from eckart.cli.program import BatchTokens, Debug, Device, Dtype, Json, Model, Out, Recipe, Seed, Window, app
@@ -141,7 +141,9 @@ def compress(
 
 
 def _print_forecast(found: dict[str, Any]) -> None:
-    table = Table("each alone at its uniform share", "rank", "of", "divergence", box=box.SIMPLE_HEAD, pad_edge=False)
+    # The end of a name tells two matrices of a layer apart, so it is folded and not cut off.
+    first = Column("each alone at its uniform share", overflow="fold")
+    table = Table(first, "rank", "of", "divergence", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in found["matrices"][:LISTED]:
         ranks = f", ranks {', '.join(map(str, row['ranks']))}" if "ranks" in row else ""
         table.add_row(safe(row["matrix"]), str(row["rank"]), f"{row['of']}{ranks}", number(row["divergence"]))

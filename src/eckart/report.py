@@ -243,13 +243,13 @@ def _compress_page(results: Json) -> Json:
                 {"text": row["name"], "metric": name, "before": old, "after": value, "change": _change(old, value)}
             )
     types = [kind for kind in (*TYPES, "other") if any(m["type"] == kind for m in results["matrices"])]
-    layers: dict[Any, dict[str, str]] = {}
+    layers: dict[Any, dict[str, tuple[str, str]]] = {}
     for matrix in results["matrices"]:
         where = OUTSIDE if matrix["layer"] is None else matrix["layer"]
         largest = min(matrix["shape"])
-        fewer = "".join(f", {matrix[key]} {key}" for key in ("neurons", "dimensions") if matrix.get(key) is not None)
-        text = "dense" if matrix["rank"] == largest and not fewer else f"{matrix['rank']} of {largest}{fewer}"
-        layers.setdefault(where, {})[matrix["type"]] = text
+        left = [f"{matrix[key]} {key}" for key in ("neurons", "dimensions") if matrix.get(key) is not None]
+        text = "dense" if matrix["rank"] == largest and not left else f"{matrix['rank']} of {largest}"
+        layers.setdefault(where, {})[matrix["type"]] = text, ", ".join(left)
     budget = results["budget"]
     return {
         "title": f"{_model_name(results['model'])}, compressed",
@@ -265,7 +265,7 @@ def _compress_page(results: Json) -> Json:
         "unit": results["allocations"][0]["divergence"]["unit"],
         "read": "windows" if "windows" in results["calibration"] else "sentences",
         "types": types,
-        "layers": [(layer, [found.get(kind, DASH) for kind in types]) for layer, found in layers.items()],
+        "layers": [(layer, [found.get(kind, (DASH, "")) for kind in types]) for layer, found in layers.items()],
         "roots": ", ".join(f"{how} ({count})" for how, count in sorted(results["roots"].items())),
         "plots": None,
         "plotly": "",

@@ -11,7 +11,7 @@ import torch
 import eckart
 import tiny_models as tiny
 from eckart.calibration import read_windows
-from eckart.compression import Steps, compress, forecast
+from eckart.compression import PROGRAM_BYTES, Steps, compress, forecast, read_calibration
 from eckart.errors import MatrixError, OutputError, PlanError, RankError
 from eckart.factoring import factor_
 from eckart.linear import LowRankLayer
@@ -251,6 +251,17 @@ def test_cut_weights_and_what_is_cut_lie_on_the_disk_and_the_own_ones_are_not_wr
         assert all(torch.equal(getattr(spectrum, part), getattr(again.factors[key], part)) for part in ("U", "S", "Vh"))
 
 
+def test_windows_whose_predictions_are_large_are_read_one_by_one_and_say_nearly_the_same(monkeypatch):
+    model = tiny.build("llama")
+    together = compress(model, tiny.tokenizer(), text(), settings(neurons=False))
+    monkeypatch.setattr("eckart.compression.PREDICTED_BYTES", 1)
+    windows = read_calibration(model, tiny.tokenizer(), text(), settings(), None)
+    assert [len(block.examples) for block in windows.blocks] == [1] * 6
+    alone = compress(model, tiny.tokenizer(), text(), settings(neurons=False))
+    for name, spectrum in together.factors.items():
+        torch.testing.assert_close(spectrum.S, alone.factors[name].S, rtol=1e-3, atol=1e-4)
+
+
 def test_the_units_that_are_given_stay_as_they_were():
     model, chosen = tiny.build("llama"), settings()
     units, _ = find_units(model, find_matrices(model), chosen)
@@ -308,7 +319,7 @@ def test_a_forecast_names_the_worst_matrices_and_changes_nothing():
     values = [row["divergence"].value for row in found["matrices"]]
     assert len(values) == 21
     assert values == sorted(values, reverse=True)
-    assert found["bytes"] > sum(p.nbytes for p in model.parameters())
+    assert found["bytes"] > PROGRAM_BYTES + sum(p.nbytes for p in model.parameters())
     assert found["seconds"] > 0
     assert weights_sha256(model) == before
     # Each alone, by hand.

@@ -46,11 +46,13 @@ from eckart.encoding import Encoded, arrange, context_length, encode, model_kind
 from eckart.errors import RecipeError
 from eckart.factoring import Factors, Structure
 from eckart.heads import turned
+from eckart.mapping import has_memory
 from eckart.matrices import (
     Matrix,
     coverage,
     find_blocks,
     find_matrices,
+    output_embeddings,
     part_of,
     read,
     write,
@@ -61,7 +63,7 @@ from eckart.prefix import PrefixCache
 from eckart.propagation import Inputs, Streams, blended
 from eckart.recipe import AT_ONCE, CompressSettings
 from eckart.results import SCHEMA_VERSION, Measurement, mean
-from eckart.scoring import log_probabilities, rearrange, score_block
+from eckart.scoring import PREDICTIONS, log_probabilities, rearrange, score_block
 from eckart.spill import Spill
 from eckart.structures import errors_of, make, prepare, structure_of
 from eckart.surgery import check_finite, weights_sha256
@@ -97,6 +99,10 @@ AUTO = ("uniform", "tail", "measured")
 """Allocations that are compared unless one is asked for."""
 MEASURED_AT = (1.0, 0.5)
 """Shares of the budget at which `measured` cuts each matrix alone."""
+PREDICTED_BYTES = 2**28
+"""Most bytes that the predictions of a batch of windows take, unless those of one window take more."""
+PROGRAM_BYTES = 350_000_000
+"""What Python, PyTorch and transformers take by themselves."""
 SENSITIVITY_SHARES = (0.9, 0.7, 0.5, 0.3)
 ROUNDS = 2
 """Rounds, at most, in which `auto` moves budget between matrices by what the cut model shows."""
@@ -178,8 +184,8 @@ def compress(
             text is then read in sentences, and what is kept is their embeddings, not predictions.
         source: Where the model came from, for the plan.
         stored: Dtype in which it will be kept, in which a budget of bytes counts; by default the model's.
-        spill: Folder for what is finished; a second call with the same arguments goes on from there. By default
-            everything is held in memory.
+        spill: Folder for what is finished; a second call with the same arguments goes on from there. On a CPU cut
+            weights and factors lie on its disk, too. By default everything is held in memory.
         progress: Called before every part of the work.
 
     Returns:
@@ -333,6 +339,7 @@ def read_calibration(
     """
     length, batch = settings.window or WINDOW, settings.batch_tokens
     if pooling is None:
+        batch = min(batch, max(length, PREDICTED_BYTES // (4 * _vocabulary(model))))
         masked = model_kind(model, tokenizer) == "masked"
         count = most or settings.windows
         return read_windows(text, tokenizer, length=length, count=count, first=first, batch_tokens=batch, masked=masked)
@@ -350,6 +357,7 @@ def forecast(
     *,
     pooling: Pooling | None = None,
     stored: torch.dtype | None = None,
+    spill: Path | None = None,
     progress: Report | None = None,
 ) -> dict[str, Any]:
     """Say what a compression would do, before it is done: each matrix alone at its uniform share, time and memory.
@@ -361,11 +369,13 @@ def forecast(
         settings: As for `compress`.
         pooling: As for `compress`.
         stored: As for `compress`.
+        spill: A folder for what the forecast itself computes. By default that is held in memory.
         progress: As for `compress`.
 
     Returns:
         `matrices` with the divergence each causes alone, the worst first; what all cause together and the sum of the
-        single ones; `stays_dense`; forecast `seconds` and `bytes` of memory.
+        single ones; `stays_dense`; forecast `seconds`, and `bytes` of memory of the program with a folder to spill to:
+        the peak of what the system cannot drop, which weights that are mapped from files are not.
 
     Raises:
         EckartError: As for `compress`.
@@ -375,7 +385,7 @@ def forecast(
     pooling = pooling_for(model, settings, pooling)
     windows = read_calibration(model, tokenizer, calibration, settings, pooling)
     tell = progress or (lambda _: None)
-    steps = Steps(model, tokenizer, settings, windows, units, Spill(None), tell, stored, pooling=pooling)
+    steps = Steps(model, tokenizer, settings, windows, units, Spill(spill), tell, stored, pooling=pooling)
     clock = [time.perf_counter()]
     with evaluating(model), each_expert(model):
         curves = steps.curves()
@@ -406,11 +416,6 @@ def forecast(
     # Both streams read a block once for each of about four groups of matrices in it, and once to go on.
     cutting = 10 * forward + 0.5 * reading if settings.method == "propagated" else 0.0
     rounds = ROUNDS if settings.allocate == "auto" and not settings.elastic else 0
-    shapes = [matrix.shape for unit in units for matrix in unit.matrices]
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    hidden = sum(windows.tokens) * max(into for _, into in shapes) * 4
-    held = min(max(STATISTICS_BYTES, weights), moments_bytes([matrix for unit in units for matrix in unit.matrices]))
-    largest = max(out**2 + into**2 for out, into in shapes)
     return {
         "budget": {"unit": settings.unit, "allowed": budget, "dense": sum(float(curve.costs[-1]) for curve in curves)},
         "matrices": rows,
@@ -423,7 +428,7 @@ def forecast(
             + (3 + rounds) * a_few
             + (1 + rounds) * cutting
         ),
-        "bytes": int(weights + held + 8 * 8 * largest + 2 * hidden),
+        "bytes": steps.most_bytes(),
     }
 
 
@@ -561,6 +566,26 @@ class Steps:
         self.work.note(f"roots of {key}", self._hows)
         self._hows = []
         self.work.keep(key, tensors)
+
+    def most_bytes(self) -> int:
+        """Forecast the peak of memory, weights left out that lie in mapped files."""
+        matrices = [matrix for unit in self.units for matrix in unit.matrices]
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        own = sum(parameter.nbytes for parameter in self.model.parameters() if has_memory(parameter.data))
+        moments = min(max(STATISTICS_BYTES, weights), moments_bytes(matrices))
+        blocks = Counter[tuple[str, int | None]]()
+        for matrix in matrices:
+            blocks[matrix.stack, matrix.layer] += sum(matrix.shape)
+        vocabulary = 0 if self.pooling is not None else _vocabulary(self.model)
+        batch = max(block.inputs["input_ids"].numel() for block in self.windows.blocks)
+        width = max(min(matrix.shape) for matrix in matrices)
+        # Predictions and their gradients, a few in float64; what enters each block; and all in one, with gradients.
+        reading = 2 * 4 * batch * vocabulary + 32 * PREDICTIONS * vocabulary
+        reading += 4 * batch * (width * len(self.order) + 2 * max(blocks.values()))
+        # A metric, its root and inverse, and what they are made of, in float64.
+        decomposing = 8 * moments_bytes([max(matrices, key=lambda matrix: moments_bytes([matrix]))])
+        streams = 2 * 4 * sum(self.windows.tokens) * width
+        return PROGRAM_BYTES + own + max(moments + max(reading, decomposing), streams + decomposing)
 
     @property
     def roots(self) -> dict[str, int]:
@@ -1079,6 +1104,13 @@ def _ordered_rows(model: nn.Module, unit: Unit) -> list[int]:
     shared = Counter(matrix.parameter for matrix in unit.matrices)
     shapes = [(m, model.get_parameter(m.parameter).shape) for m in unit.matrices]
     return [shape[1 if m.transposed else 0] // shared[m.parameter] for m, shape in shapes]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Tokens among which a language model chooses."""
+    head = output_embeddings(model)
+    assert head is not None
+    return next(head.parameters()).shape[0]
 
 
 @dataclass(frozen=True)

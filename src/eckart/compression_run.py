@@ -140,6 +140,7 @@ def run_compress(
 def forecast_compress(
     source: str,
     calibration: Path,
+    out: Path,
     settings: CompressSettings,
     *,
     device: str = "auto",
@@ -151,6 +152,7 @@ def forecast_compress(
     Args:
         source: As for `run_compress`.
         calibration: As for `run_compress`.
+        out: Where it would be written. Space on its disk is borrowed, and nothing is left there.
         settings: As for `run_compress`.
         device: As for `run_compress`.
         dtype: As for `run_compress`.
@@ -163,10 +165,13 @@ def forecast_compress(
         EckartError: Bad input.
     """
     text = read_text(calibration)
-    model, tokenizer = load(source, device=device, dtype=dtype)
-    stored = stored_dtype(source, model)
-    pooling = read_pooling(source)
-    return forecast(model, tokenizer, text, settings, pooling=pooling, stored=stored, progress=progress)
+    with temporary_folder(out) as spill:
+        model, tokenizer = load(source, device=device, dtype=dtype, spill=spill)
+        stored = stored_dtype(source, model)
+        pooling = read_pooling(source)
+        return forecast(
+            model, tokenizer, text, settings, pooling=pooling, stored=stored, spill=spill, progress=progress
+        )
 
 
 def compression_begun(out: Path) -> bool:

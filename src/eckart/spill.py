@@ -68,8 +68,7 @@ class Spill:
         os.replace(part, path)
 
     def lend(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move tensors out of memory for as long as they are used, where there is a folder, they are large and not on a
-        device."""
+        """Move large tensors on the CPU to the folder's disk for as long as they are used, if there is one."""
         size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type == "cpu")
         return tensors if self.folder is None or size < MAPPED_FROM else lent(tensors, self.folder)
 

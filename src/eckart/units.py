@@ -456,16 +456,15 @@ def restored(model: nn.Module, matrices: Sequence[Matrix]) -> Iterator[dict[str,
 
 @contextmanager
 def replaced(model: nn.Module, weights: Iterable[Mapping[Matrix, Tensor]], work: Spill) -> Iterator[dict[str, Tensor]]:
-    """Give a model other weights for a while.
+    """Give a model other weights for a while, of which memory holds one unit's at a time.
 
     Args:
-        model: As before on leaving, to the bit.
-        weights: What some of its matrices become, those of one parameter together as far as memory allows: one after
-            the other is asked for, and lent to the disk where `work` has a folder.
-        work: Where.
+        model: As before on leaving, to the bit. Inside the `with` block its parameters are not to be written.
+        weights: What the matrices of one unit after the other become; each is asked for when those before it are done.
+        work: What large weights are lent to.
 
     Yields:
-        The original weights, by the parameter's name. Not to be written.
+        The original weights of the parameters that were replaced, by name. Not to be written.
     """
     originals: dict[str, Tensor] = {}
     try:

@@ -115,7 +115,9 @@ def compress(
                 bar.update(line, description=words, completed=now.done, total=now.total)
 
             if dry_run:
-                results = forecast_compress(model, calibration, settings, device=device, dtype=dtype, progress=show)
+                results = forecast_compress(
+                    model, calibration, out, settings, device=device, dtype=dtype, progress=show
+                )
             else:
                 results = run_compress(
                     model,

@@ -8,13 +8,14 @@ Every row is one way at one ratio on one draw of calibration windows: the first 
 and so on. Matrices are cut by rank alone without compensation, and budgets divided once; the last way is the default of
 `eckart compress`, which also removes neurons and dimensions of heads, makes up for what a block lacks, and moves budget
 between matrices afterwards. Perplexity is that of the first 64 windows of the validation text, and of 16 windows of the
-other model's.
+other model's; accuracy that of the first 500 examples of a cloze task on text of the model's own kind.
 Rows are written as they are made, and a second call makes those that are missing. Seconds are processor seconds of this
 process, since the machine is shared; a row's are those of its own steps, and reading the text is a row of its own.
 """
 
 import argparse
 import copy
+import dataclasses
 import fcntl
 import json
 import resource
@@ -26,19 +27,21 @@ import torch
 
 import eckart
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps, ranks_of
+from eckart.compression_steps import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read, write
 from eckart.recipe import CompressSettings
-from eckart.scoring import score, summarize
+from eckart.scoring import prepare, score, summarize
 from eckart.spill import Spill
-from eckart.tasks import read_text
+from eckart.tasks import read_task, read_text
 from eckart.truncation import round_to_int8
 from eckart.units import edits_of, find_units
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS = {"stories260K": ("tinystories", "books"), "pebble-7m": ("books", "tinystories")}
+TASKS, EXAMPLES = {"stories260K": "story_cloze", "pebble-7m": "book_cloze"}, 500
+"""What accuracy is measured on."""
 # method, allocations, storages; the first that fits a method reads the text for it.
 WAYS = [
     ("svd", ["uniform"], ["factored", "pivoted"]),
@@ -78,8 +81,8 @@ def round_(model, method: str, bits: int) -> float:
     return taken / (2 * numbers)
 
 
-def perplexity(model, tokenizer, windows):
-    found = summarize(windows, score(model, tokenizer, windows))["perplexity"]
+def measure(model, tokenizer, encoded, what="perplexity"):
+    found = summarize(encoded, score(model, tokenizer, encoded))[what]
     return {"value": found.value, "stderr": found.stderr, "count": found.count}
 
 
@@ -94,6 +97,9 @@ class Bench:
         self.calibration = read_text(text / f"{own}_calibration.txt")
         self.inside = self.windows(read_text(text / f"{own}_validation.txt"), 64)
         self.outside = self.windows(read_text(text / f"{other}_validation.txt"), 16)
+        task = read_task(shared / "tasks" / f"{TASKS[name]}.jsonl")
+        few = dataclasses.replace(task, examples=task.examples[:EXAMPLES])
+        self.cloze = prepare(self.model, self.tokenizer, few)
 
     def windows(self, task, count, first=0):
         return read_windows(task, self.tokenizer, length=256, count=count, first=first)
@@ -115,8 +121,9 @@ class Bench:
 
     def quality(self, model) -> dict:
         return {
-            "inside": perplexity(model, self.tokenizer, self.inside),
-            "outside": perplexity(model, self.tokenizer, self.outside),
+            "inside": measure(model, self.tokenizer, self.inside),
+            "outside": measure(model, self.tokenizer, self.outside),
+            "accuracy": measure(model, self.tokenizer, self.cloze, "accuracy"),
         }
 
     def dense(self) -> None:
@@ -255,6 +262,18 @@ def block_of_7b() -> dict:
     }
 
 
+def way_of(row: dict) -> tuple[str, str, str]:
+    return row["method"], row["allocate"], row["storage"]
+
+
+def percent(rows: list[dict]) -> str:
+    """Accuracy over the draws of one way, with the standard error over examples of one."""
+    values = [row["accuracy"] for row in rows if "accuracy" in row]
+    if not values:
+        return ""
+    return f"{100 * np.mean([v['value'] for v in values]):.1f} ± {100 * np.mean([v['stderr'] for v in values]):.1f} %"
+
+
 def table() -> None:
     for path in (RESULTS / f"compress-{name}.json" for name in TEXTS):
         held = json.loads(path.read_text())
@@ -262,8 +281,9 @@ def table() -> None:
         print(f"\n**{held['model']}**\n")
         ratios = sorted({row["ratio"] for row in rows if "ratio" in row}, reverse=True)
         heads = [f"{ratio:g}" for ratio in ratios]
-        print("| method | allocation | storage | " + " | ".join(heads) + " | elsewhere at " + heads[-1] + " | CPU s |")
-        print("|" + "---|" * (len(ratios) + 5))
+        last = f"elsewhere at {heads[-1]} | accuracy at {heads[-1]}"
+        print("| method | allocation | storage | " + " | ".join(heads) + f" | {last} | CPU s |")
+        print("|" + "---|" * (len(ratios) + 6))
         for row in rows:
             if row["method"] == "dense" or row["method"].startswith("int"):
                 size = f"{row['bytes']:.3f} of 16 bits" if "bytes" in row else ""
@@ -271,11 +291,11 @@ def table() -> None:
                 print(
                     f"| {row['method']} | {size} | | "
                     + " | ".join([value] * len(ratios))
-                    + f" | {row['outside']['value']:.0f} | |"
+                    + f" | {row['outside']['value']:.0f} | {percent([row])} | |"
                 )
         order = [(method, how, storage) for method, hows, storages in WAYS[:-1] for how in hows for storage in storages]
         order += [("double", how, "pivoted") for how in MORE]
-        ways = {(r["method"], r["allocate"], r["storage"]) for r in rows if "storage" in r}
+        ways = {way_of(row) for row in rows if "storage" in row}
         default = ("propagated", "auto", "pivoted, default")
         ways = sorted(
             ways, key=lambda way: (way == default, way not in order, order.index(way) if way in order else way)
@@ -283,8 +303,7 @@ def table() -> None:
         for way in ways:
             cells, seconds, outside = [], [], ""
             for ratio in ratios:
-                same = [r for r in rows if "storage" in r and (r["method"], r["allocate"], r["storage"]) == way]
-                same = [r for r in same if r["ratio"] == ratio]
+                same = [r for r in rows if r.get("ratio") == ratio and way_of(r) == way]
                 values = np.array([r["inside"]["value"] for r in same])
                 seconds += [r["seconds"] for r in same]
                 if not len(values):
@@ -294,7 +313,10 @@ def table() -> None:
                 spread = f" ± {error:.2g}" if error is not None else ""
                 cells.append(f"{values.mean():.4g}{spread} ({len(values)})")
                 outside = f"{np.mean([r['outside']['value'] for r in same]):.4g}"
-            print(f"| {' | '.join(way)} | " + " | ".join(cells) + f" | {outside} | {np.median(seconds):.1f} |")
+            right = percent([r for r in rows if r.get("ratio") == ratios[-1] and way_of(r) == way])
+            print(
+                f"| {' | '.join(way)} | " + " | ".join(cells) + f" | {outside} | {right} | {np.median(seconds):.1f} |"
+            )
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import eckart
 from compress import RESULTS, TEXTS
 from eckart import allocate
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps, ranks_of
+from eckart.compression_steps import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.matrices import find_matrices
 from eckart.recipe import CompressSettings

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import eckart
 from compress import RESULTS, ROUNDED, round_
-from eckart.compression import Steps, ranks_of, read_calibration
+from eckart.compression import read_calibration
+from eckart.compression_steps import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.embedding import agreement, embed_all, read_pooling
 from eckart.factoring import factor_

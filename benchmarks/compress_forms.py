@@ -23,7 +23,7 @@ import eckart
 from eckart import allocate, neurons
 from eckart.allocate import Curve
 from eckart.calibration import collect, each_expert, read_windows
-from eckart.compression import Steps, ranks_of
+from eckart.compression_steps import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices, read

@@ -24,7 +24,8 @@ from apply_memory import watched
 from compress import RESULTS
 from eckart.calibration import STATISTICS_BYTES, moments_bytes
 from eckart.checkpoint import load, shards_of
-from eckart.compression import Steps, read_calibration
+from eckart.compression import read_calibration
+from eckart.compression_steps import Steps
 from eckart.matrices import find_matrices
 from eckart.recipe import CompressSettings
 from eckart.spill import Spill

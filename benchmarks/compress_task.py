@@ -19,7 +19,8 @@ from pathlib import Path
 import eckart
 from compress import RESULTS
 from eckart.calibration import each_expert, read_windows
-from eckart.compression import Steps, encode_plain, ranks_of
+from eckart.compression import encode_plain
+from eckart.compression_steps import Steps, ranks_of
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.matrices import find_matrices

@@ -144,16 +144,16 @@ def trainer(number, where, kind) -> None:
 
 def compressor(stage, number) -> None:
     """Be killed when a compression tells of one of its stages for the n-th time."""
-    from eckart import compression
+    from eckart import compression_steps
 
-    die, told = _nth(number, _die), compression.Progress
+    die, told = _nth(number, _die), compression_steps.Progress
 
     def progress(now, *counts):
         if now == stage:
             die()
         return told(now, *counts)
 
-    compression.Progress = progress
+    compression_steps.Progress = progress
 
 
 def _followed(function, act, *, before=False):

@@ -11,7 +11,8 @@ import torch
 import eckart
 import tiny_models as tiny
 from eckart.calibration import read_windows
-from eckart.compression import PROGRAM_BYTES, Steps, compress, forecast, read_calibration
+from eckart.compression import compress, forecast, read_calibration
+from eckart.compression_steps import PROGRAM_BYTES, Steps
 from eckart.errors import MatrixError, OutputError, PlanError, RankError
 from eckart.factoring import factor_
 from eckart.linear import LowRankLayer

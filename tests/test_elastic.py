@@ -19,7 +19,8 @@ import eckart
 import tiny_models as tiny
 from eckart import allocate
 from eckart.calibration import read_windows
-from eckart.compression import Steps, compress
+from eckart.compression import compress
+from eckart.compression_steps import Steps
 from eckart.dataflow import low_rank_layers
 from eckart.elastic import ElasticConfig, ElasticPart, ElasticWeight, Slices, curves_of, size_at
 from eckart.errors import ModelError, RankError, RecipeError

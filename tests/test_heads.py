@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import tiny_models as tiny
 from eckart.calibration import read_windows
 from eckart.checkpoint import load_model, save
-from eckart.compression import Steps, compress, forecast
+from eckart.compression import compress, forecast
+from eckart.compression_steps import Steps
 from eckart.dataflow import evaluating
 from eckart.factoring import factor_
 from eckart.heads import columns_of, turned, turning

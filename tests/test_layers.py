@@ -34,6 +34,7 @@ LAYERS = [
     {"ledger", "spill"},
     {"race", "sensitivity", "controls", "training", "calibration"},
     {"propagation", "units", "structures", "elastic_folder"},
+    {"compression_steps"},
     {"compression"},
     {"recovery", "repairing"},
     {"sweep"},

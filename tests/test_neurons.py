@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import tiny_models as tiny
 from eckart.allocate import Curve, Level, combined
 from eckart.checkpoint import load_model, save
-from eckart.compression import Steps, compress
+from eckart.compression import compress
+from eckart.compression_steps import Steps
 from eckart.factoring import factor_
 from eckart.linear import SelectedLinear
 from eckart.matrices import find_matrices

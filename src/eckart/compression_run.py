@@ -66,7 +66,7 @@ def run_compress(
             damage elsewhere.
         device: As for `eckart.load`.
         dtype: Of the computation, as for `eckart.load`; the folder is written in the dtype of the original.
-        progress: Called with an `eckart.compression.Progress` before every part of the work.
+        progress: Called with an `eckart.compression_steps.Progress` before every part of the work.
 
     Returns:
         The contents of results.json.

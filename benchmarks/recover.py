@@ -46,6 +46,7 @@ SAMPLED: tuple[tuple[str, float | str, dict[str, Any]], ...] = (
     ("stories260K", 0.8, {"sampled": 4096, "lm_weight": 2.0, "steps": 3600, "evaluations": 8}),
     ("stories260K", 0.5, {"sampled": 3072, "lm_weight": 1.5, "steps": 2000, "evaluations": 8}),
     ("pebble-7m", 0.5, {"sampled": 128, "lm_weight": 1.0, "steps": 80, "lr": 2e-4}),
+    ("pebble-7m", 0.5, {"sampled": 128, "loss": "kl", "steps": 70, "lr": 2e-4}),
 )
 """Cases of part `sampled`: model, share, settings."""
 

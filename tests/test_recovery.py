@@ -530,7 +530,21 @@ def test_a_state_of_other_weights_is_refused(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(life, command, tmp_path):
     """Each reads half of every batch; sums are taken in another order, so that they agree but for rounding."""
-    plain = [*command[:6], "--window", 16, "--batch", 4, "--steps", 6, "--lr", 0.001, "--evaluations", 2]
+    plain = [
+        *command[:6],
+        "--window",
+        16,
+        "--batch",
+        4,
+        "--steps",
+        6,
+        "--lr",
+        0.001,
+        "--evaluations",
+        2,
+        "--sampled",
+        8,
+    ]
     status, errors = life(*plain, "--out", tmp_path / "one")
     assert status == 0, errors
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]

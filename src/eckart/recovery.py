@@ -474,12 +474,12 @@ def forecast_recovery(
     weights = factors_of(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluating(model), evaluating(teacher) if teacher is not None else nullcontext():
-        writing = _writing_time(job) if settings.sampled else 0.0
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)
         try:
+            writing = _writing_time(job) if settings.sampled else 0.0
             run = Training.__new__(Training)
             run.job, run.weights = job, weights
             optimizer = torch.optim.AdamW(weights.values())

@@ -347,8 +347,8 @@ def _write_applied(
     results: Any = None,
     force: bool,
     dense: bool,
-    portable: bool,
-    files: Mapping[str, Path],
+    portable: bool = False,
+    files: Mapping[str, Path] | None = None,
 ) -> tuple[Path, Factoring | None]:
     with temporary_folder(folder) as place:
         spill = place if model.device.type == "cpu" else None

@@ -118,12 +118,17 @@ class Steps:
 
     def spectra(self, unit: Unit) -> list[WeightedSpectrum]:
         """The decompositions of a unit, which `curves` made before."""
-        found = self.work.tensors(unit.name)
-        assert found is not None
+        found = self._held(unit)
         return [
             WeightedSpectrum(*(found[f"{part}.{number}"].double() for part in ("left", "S", "right")))
             for number in range(len(unit.matrices))
         ]
+
+    def _held(self, unit: Unit) -> dict[str, Tensor]:
+        """What `curves` kept of a unit."""
+        found = self.work.tensors(unit.name)
+        assert found is not None
+        return found
 
     def curves(self) -> list[Curve]:
         """Decompose every matrix in its metric; give cost and error at every allowed rank."""
@@ -233,8 +238,7 @@ class Steps:
 
     def _curve(self, unit: Unit) -> Curve:
         if unit.joint:
-            kept = self.work.tensors(unit.name)
-            assert kept is not None
+            kept = self._held(unit)
             shapes = [matrix.shape for matrix in unit.matrices]
             cost = joint_cost(shapes, self.settings, self.dtype, _ordered_rows(self.model, unit))
             cuts, curve = neurons.cuts(kept, shapes, cost, self.settings.multiple)
@@ -252,18 +256,14 @@ class Steps:
         """The squared error in the metric at every rank from 0."""
         if self.settings.method not in STRUCTURES:
             return allocate.tails_of([spectrum.S.cpu().numpy() for spectrum in self.spectra(unit)], unit.full())
-        found = self.work.tensors(unit.name)
-        assert found is not None
-        return np.append(errors_of(found)[:-1], 0.0)
+        return np.append(errors_of(self._held(unit))[:-1], 0.0)
 
     def _structure(self, unit: Unit, rank: int) -> Structure:
         """What a unit becomes under a method that is no plain cut; its weight must be the original one."""
         key = f"{unit.name} at {rank}"
         kept = self.work.tensors(key)
         if kept is None:
-            prepared = self.work.tensors(unit.name)
-            assert prepared is not None
-            kept = make(read(self.model, unit.matrices[0]), prepared, rank, self.settings)
+            kept = make(read(self.model, unit.matrices[0]), self._held(unit), rank, self.settings)
             self.work.keep(key, kept)
         return structure_of(kept, self.settings)
 
@@ -605,8 +605,7 @@ class Steps:
             return {}
         if not unit.joint:
             return {m: _Product(m.shape, *each.factors(rank)) for m, each in zip(unit.matrices, self.spectra(unit))}
-        kept = self.work.tensors(unit.name)
-        assert kept is not None
+        kept = self._held(unit)
         weights = [read(self.model, matrix) for matrix in unit.matrices]
         pairs = neurons.factors(kept, weights, unit.cuts[rank - 1])
         found = zip(unit.matrices, pairs, ranks)
@@ -616,9 +615,7 @@ class Steps:
         """Rows and columns of a matrix that stay; None for all."""
         if not unit.joint or unit.keeps(rank) == unit.width:
             return None, None
-        kept = self.work.tensors(unit.name)
-        assert kept is not None
-        rows, columns = neurons.places(kept, unit.keeps(rank))
+        rows, columns = neurons.places(self._held(unit), unit.keeps(rank))
         return (None, columns) if matrix is unit.matrices[-1] else (rows, None)
 
     def _propagated(self, ranks: Mapping[str, int]) -> dict[str, Spectrum]:
@@ -683,15 +680,12 @@ class Steps:
         """The basis in which values and outputs are cut; None where they, or others, are cut as they are."""
         if unit.joint != "dimensions":
             return None
-        kept = self.work.tensors(unit.name)
-        assert kept is not None
-        return neurons.turn_of(kept, unit.keeps(rank))
+        return neurons.turn_of(self._held(unit), unit.keeps(rank))
 
     def _fit(self, weight: Tensor, unit: Unit, matrix: Matrix, inputs: Inputs, rank: int) -> WeightedSpectrum:
         """Decompose what stays of a matrix for the inputs it gets: |W x - W' y| in the metric of its outputs."""
         settings, number = self.settings, unit.matrices.index(matrix)
-        spilled = self.work.tensors(unit.name)
-        assert spilled is not None
+        spilled = self._held(unit)
         rows, columns = self._stay(unit, rank, matrix)
         gradients, target = spilled[f"gradients.{number}"].to(weight.device), weight.double()
         if not unit.joint:

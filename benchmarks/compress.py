@@ -202,7 +202,9 @@ WIDTH, HIDDEN, BLOCKS, TOKENS = 4096, 11008, 32, 64 * 256
 """Of a 7 B Llama and its blocks, and of the text."""
 
 
-PASSES = 2 + 2 * 5 + 2
+READING = 3
+"""Passes of one reading: forward, forward again a block at a time, and back for gradients."""
+PASSES = READING + 2 * 5 + 2
 
 
 def block_of_7b() -> dict:
@@ -210,7 +212,7 @@ def block_of_7b() -> dict:
 
     The parts, by the steps of `compress` with method `propagated`: moments of inputs and gradients; two decompositions
     in the metric of every matrix, one to allocate and one for the propagated inputs; moments of these inputs, twice,
-    for both streams; passes: one forward and one for gradients to read, then twice forward for every one of four groups
+    for both streams; passes: two forward and one for gradients to read, then twice forward for every one of four groups
     of matrices and to go on, and twice to find what is added to what. A pass is what its products take. Since not all
     moments fit, the text is read again, through every block, for each of their groups: a part of its own.
     """
@@ -251,7 +253,7 @@ def block_of_7b() -> dict:
     # A model in float32 lets so many bytes of moments be held at once as it takes itself.
     weights = sum(count * out * into for count, out, into in matrices)
     readings = -(-8 * numbers // (4 * weights))
-    found["readings again"] = {"extrapolated": (readings - 1) * 2 * found["passes"]["extrapolated"] / PASSES}
+    found["readings again"] = {"extrapolated": (readings - 1) * READING * found["passes"]["extrapolated"] / PASSES}
     return {
         **found,
         "extrapolated": sum(each["extrapolated"] for each in found.values()),

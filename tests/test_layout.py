@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tiny_models as tiny
 from eckart.encoding import arrange, encode
-from eckart.layout import PASS_TOKENS, Row, Sequence_, lay_out, padded_tokens
+from eckart.layout import PASS_TOKENS, Row, Sequence_, lay_out, padded_tokens, runs_within
 from eckart.prefix import run_block
 from eckart.scoring import only_positions, prepare, rearrange, score
 from eckart.tasks import Example, make_task
@@ -100,6 +100,14 @@ def test_batches_are_cut_where_padding_and_passes_cost_least(lengths, batch_toke
                 cost = sum(len(part) * part[0] + PASS_TOKENS for part in parts)
                 best = cost if best is None else min(best, cost)
     assert padded_tokens(items, "plain", batch_tokens=batch_tokens) == best
+
+
+@given(st.lists(st.integers(1, 20)), st.integers(1, 30))
+def test_runs_keep_the_order_fit_and_are_as_long_as_they_can_be(sizes, most):
+    runs = list(runs_within(sizes, lambda size: size, most))
+    assert [size for run in runs for size in run] == sizes
+    assert all(run and (len(run) == 1 or sum(run) <= most) for run in runs)
+    assert all(sum(run) + after[0] > most for run, after in zip(runs, runs[1:]))
 
 
 def test_what_prompts_have_in_common_is_read_once():

@@ -22,7 +22,7 @@ from eckart.dataflow import evaluating, only_gradients_of
 from eckart.embedding import Pooling, embed_block, probe
 from eckart.encoding import Encoded, prompt_tokens
 from eckart.errors import TaskError
-from eckart.layout import Block, Row, Sequence_, lay_out
+from eckart.layout import Block, Row, Sequence_, lay_out, runs_within
 from eckart.matrices import Matrix, find_blocks, rows_of
 from eckart.prefix import copied, run_block
 from eckart.scoring import PREDICTIONS, only_positions
@@ -280,21 +280,11 @@ def readings(model: nn.Module, items: Sequence[T], matrices_of: Callable[[T], Se
         items: In order.
         matrices_of: What one of them needs the moments of.
 
-    Yields:
-        Items that follow each other; one alone may take more.
+    Returns:
+        Runs of items that follow each other; one alone may take more.
     """
     limit = max(STATISTICS_BYTES, sum(parameter.nbytes for parameter in model.parameters()))
-    part: list[T] = []
-    held = 0
-    for item in items:
-        size = moments_bytes(matrices_of(item))
-        if part and held + size > limit:
-            yield part
-            part, held = [], 0
-        part.append(item)
-        held += size
-    if part:
-        yield part
+    return runs_within(items, lambda item: moments_bytes(matrices_of(item)), limit)
 
 
 def collect(

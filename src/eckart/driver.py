@@ -85,6 +85,7 @@ def open_crew(
         def orders(number: int) -> Orders:
             local = device.type == "cuda" and ray is None
             where = f"cuda:{number % torch.cuda.device_count()}" if local else str(device)
+            # From this process to workers of its own; no file and nobody else's bytes are ever opened so.
             return Orders(pickle.dumps((model, tokenizer, route, matrices)), where, each, normalize, cache_bytes)
 
         if ray is None:

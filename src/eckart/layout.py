@@ -13,15 +13,16 @@ they can end at the keys and values of the last layer. Knows nothing of models, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+T = TypeVar("T")
 ModelKind = Literal["causal", "masked", "encoder_decoder"]
 Layout = Literal["plain", "tree", "prompts", "prefixes"]
 PASSES: dict[Layout, int] = {"plain": 1, "tree": 1, "prompts": 2, "prefixes": 3}
@@ -163,6 +164,33 @@ def lay_out(
         make = _plain_block if layout == "plain" else _block
         blocks += [make(items, packs, group, kind, pad) for group in groups]
     return tuple(blocks)
+
+
+def runs_within(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Divide items into runs that fit into a size together.
+
+    Args:
+        items: In order.
+        size_of: Size of one.
+        most: Of a run, in the same unit.
+
+    Yields:
+        Items that follow each other, as many as fit; one alone may be larger.
+
+    >>> list(runs_within([3, 4, 9, 2, 5], lambda size: size, 7))
+    [[3, 4], [9], [2, 5]]
+    """
+    run: list[T] = []
+    held = 0
+    for item in items:
+        size = size_of(item)
+        if run and held + size > most:
+            yield run
+            run, held = [], 0
+        run.append(item)
+        held += size
+    if run:
+        yield run
 
 
 def padded_tokens(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from eckart.clustering import Cluster
 from eckart.dataflow import only_gradients_of
 from eckart.encoding import Block, Encoded
+from eckart.layout import runs_within
 from eckart.matrices import Matrix, part_of, read
 from eckart.plan import Edit
 from eckart.prefix import run_block
@@ -123,23 +124,18 @@ def _groups(
     model: nn.Module, grid: Sequence[tuple[Matrix, Sequence[Edit]]], spectra_bytes: int
 ) -> Iterator[list[_Piece]]:
     """Divide a grid into runs whose decompositions fit into memory together."""
-    group: list[_Piece] = []
-    held = 0
+    pieces: list[_Piece] = []
     for matrix, edits in grid:
-        dtype = torch.promote_types(model.get_parameter(matrix.parameter).dtype, torch.float32)
         shared: dict[tuple[int, ...], list[Edit]] = {}
         for edit in edits:
             shared.setdefault(decomposition_key(edit), []).append(edit)
-        for alike in shared.values():
-            piece = _Piece(matrix, tuple(alike))
-            size = piece.bytes_of_spectra(dtype.itemsize)
-            if group and held + size > spectra_bytes:
-                yield group
-                group, held = [], 0
-            group.append(piece)
-            held += size
-    if group:
-        yield group
+        pieces += [_Piece(matrix, tuple(alike)) for alike in shared.values()]
+
+    def size_of(piece: _Piece) -> int:
+        dtype = torch.promote_types(model.get_parameter(piece.matrix.parameter).dtype, torch.float32)
+        return piece.bytes_of_spectra(dtype.itemsize)
+
+    return runs_within(pieces, size_of, spectra_bytes)
 
 
 def _mean_and_square(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[Measurement, float]:

@@ -626,6 +626,13 @@ class Steps:
         cut = [matrix for unit in self.units for matrix in unit.matrices if wanted[matrix.name] is not None]
         streams = Streams(self.model, self.order, self.windows.blocks)
         of_task = None if self.task is None else Streams(self.model, self.order, self.task.blocks)
+
+        def put(matrix: Matrix, up: Tensor, down: Tensor) -> _Product:
+            unit = units[matrix.name]
+            product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
+            write(self.model, matrix, product.dense())
+            return product
+
         for depth, (path, _) in enumerate(self.order):
             self.tell(Progress("cutting", depth, len(self.order)))
             mine = [matrix for matrix in cut if matrix.parameter.startswith(f"{path}.")]
@@ -648,18 +655,14 @@ class Steps:
                                 streams.original(matrix), unit, matrix, inputs[matrix.name], ranks[unit.name]
                             )
                             up, down = fitted.factors(wanted[matrix.name] or 0)
-                            product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
-                            write(self.model, matrix, product.dense())
+                            put(matrix, up, down)
                             self._turn_output(streams, unit, matrix, ranks[unit.name])
                             kept[f"up {matrix.name}"], kept[f"down {matrix.name}"] = up.float(), down.float()
                     self._keep(key, kept)
                 self._kept.append(key)
                 for matrix in mine:
-                    unit = units[matrix.name]
                     up, down = (kept[f"{part} {matrix.name}"].double() for part in ("up", "down"))
-                    product = _Product(matrix.shape, up, down, *self._stay(unit, ranks[unit.name], matrix))
-                    write(self.model, matrix, product.dense())
-                    found[matrix.name] = self._lent(product.spectrum())
+                    found[matrix.name] = self._lent(put(matrix, up, down).spectrum())
                 streams.advance()
                 if of_task is not None:
                     of_task.advance()
